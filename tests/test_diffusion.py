@@ -1,0 +1,182 @@
+"""Diffusion core against closed forms (Gaussian, mixture) and the original sampler."""
+import pytest
+import torch
+from conftest import GOLDEN, golden, read_golden
+from test_mmdit import load_golden_net
+
+from models.diffusion import (Denoiser, alpha_sigma, ddpm_table, delta_t, dmd_loss, generator_times, ode_step, q, random_time,
+                              solve, target, teacher_times, to_x_0_eps)
+
+PATHS = [("velocity", "flow"), ("epsilon", "sdxl"), ("v", "sdxl")]
+CENTRES, WEIGHTS, STD = torch.tensor([[-2.0, 0.5], [1.0, -1.0], [1.5, 2.0]], dtype=torch.float64), [0.2, 0.5, 0.3], 0.3
+
+
+def mixture_x_0(schedule, x, t):
+    """E[x_0 | x_t] for a Gaussian mixture with standard deviation STD: what a perfect network knows."""
+    alpha, sigma = alpha_sigma(schedule, t, x)
+    var = alpha ** 2 * STD ** 2 + sigma ** 2  # of x_t inside a component, B 1
+    diff = x[:, None] - alpha[..., None] * CENTRES  # B K 2
+    log_w = torch.log(torch.tensor(WEIGHTS, dtype=x.dtype)) - diff.square().sum(-1) / (2 * var)
+    posterior = CENTRES + (alpha * STD ** 2 / var)[..., None] * diff
+    return (log_w.softmax(-1)[..., None] * posterior).sum(1)
+
+
+def exact_network(predicts, schedule, x_0_of):
+    """A `net` that predicts the posterior mean's eps, velocity or v exactly."""
+    def net(x, t, c, lora=()):
+        x_0 = x_0_of(schedule, x, t)
+        alpha, sigma = alpha_sigma(schedule, t, x)
+        return target(predicts, schedule, x_0, t, (x - alpha * x_0) / sigma)
+    return Denoiser(net, predicts, schedule)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "sdxl"])
+def test_eq1_coefficients(schedule):
+    t = torch.arange(0, 1001) / 1000
+    alpha, sigma = (a.flatten() for a in alpha_sigma(schedule, t, torch.zeros(1001, 1)))
+    assert (alpha[0], sigma[0]) == (1, 0)
+    assert ((alpha / sigma)[1:].diff() < 0).all()  # Eq. (1): the signal-to-noise ratio falls
+    kept = alpha + sigma if schedule == "flow" else alpha ** 2 + sigma ** 2  # straight path, variance preserving
+    torch.testing.assert_close(kept, torch.ones(1001))
+
+
+def test_sdxl_table_ends():
+    # betas are squares of a line from sqrt(0.00085) to sqrt(0.012): abar[0] = 1 - 0.00085, and the published abar[999] = 0.00466.
+    alpha, _ = ddpm_table("sdxl")
+    assert alpha[1].item() ** 2 == pytest.approx(1 - 0.00085, abs=1e-6) and alpha[1000].item() ** 2 == pytest.approx(0.00466, abs=1e-5)
+
+
+@pytest.mark.parametrize("predicts, schedule", PATHS)
+def test_prediction_converts_back(predicts, schedule):
+    x_0, eps, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.004, 0.5, 1.0])
+    x_t = q(schedule, x_0, t, eps)
+    x_0_hat, eps_hat = to_x_0_eps(predicts, schedule, target(predicts, schedule, x_0, t, eps), x_t, t)
+    # 1e-5: float32 rounding, enlarged 15 times where epsilon divides by alpha_T = 0.068; flow has sigma = 1, alpha = 0 at t = 1.
+    torch.testing.assert_close(x_0_hat, x_0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(eps_hat, eps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("predicts, schedule", PATHS)
+def test_one_step_is_exact_for_a_single_point(predicts, schedule):
+    point = torch.tensor([[0.7, -1.3]], dtype=torch.float64)
+    F = exact_network(predicts, schedule, lambda schedule, x, t: point.expand_as(x))
+    eps, t, s = torch.randn(5, 2, dtype=torch.float64), torch.tensor(0.9), torch.tensor(0.3)
+    x_s, x_0 = ode_step(F, q(schedule, point.expand(5, 2), t.expand(5), eps), t, s, ())
+    torch.testing.assert_close(x_0, point.expand(5, 2))
+    torch.testing.assert_close(x_s, q(schedule, point.expand(5, 2), s.expand(5), eps))
+
+
+@pytest.mark.parametrize("predicts, schedule", PATHS)
+def test_solver_converges_to_the_gaussian_solution_at_first_order(predicts, schedule):
+    # For N(m, STD^2) the PF-ODE carries x_1 to m + (x_1 - alpha_1 m) * STD / std(x_1): quantiles are kept.
+    m = torch.tensor([[0.7, -1.3]], dtype=torch.float64)
+
+    def posterior(schedule, x, t):
+        alpha, sigma = alpha_sigma(schedule, t, x)
+        return m + alpha * STD ** 2 / (alpha ** 2 * STD ** 2 + sigma ** 2) * (x - alpha * m)
+    F = exact_network(predicts, schedule, posterior)
+    x_1 = torch.randn(16, 2, dtype=torch.float64)
+    alpha, sigma = alpha_sigma(schedule, torch.ones(1), x_1)
+    exact = m + (x_1 - alpha * m) * STD / (alpha ** 2 * STD ** 2 + sigma ** 2).sqrt()
+    errors = [(solve(F, x_1, torch.linspace(0, 1, n + 1), ()) - exact).abs().max().item() for n in (50, 100, 200)]
+    assert errors[2] < STD / 6  # 200 steps; the factors below are the test, this only rules out a common offset
+    # Halving the step halves the error of a first-order method (2.0 up to second-order terms).
+    assert 1.7 < errors[0] / errors[1] < 2.3 and 1.7 < errors[1] / errors[2] < 2.3
+
+
+def test_solver_reproduces_the_mixture():
+    F = exact_network("velocity", "flow", mixture_x_0)
+    x = solve(F, torch.randn(4096, 2, dtype=torch.float64), torch.linspace(0, 1, 101), ())
+    share = torch.cdist(x, CENTRES).argmin(1).bincount(minlength=3) / len(x)
+    # Binomial standard error at 4096 samples is 0.008 at most; four of them, and the modes are over 6 STD apart.
+    torch.testing.assert_close(share, torch.tensor(WEIGHTS), atol=0.032, rtol=0)
+    spread = torch.stack([(x[torch.cdist(x, CENTRES).argmin(1) == k] - CENTRES[k]).std() for k in range(3)])
+    torch.testing.assert_close(spread, torch.full((3,), STD, dtype=x.dtype), atol=0.03, rtol=0)  # 3 % of step error, 2 % of sampling
+
+
+@pytest.mark.parametrize("predicts, schedule", PATHS)
+def test_optimum_of_eq2_and_eq3_is_the_true_score(predicts, schedule):
+    # Least squares over samples of (x_0, eps) near one x_t gives the conditional mean of the target: the posterior mean network.
+    t = torch.tensor([0.6], dtype=torch.float64)
+    n = 400_000
+    centre = torch.multinomial(torch.tensor(WEIGHTS), n, replacement=True)
+    x_0 = CENTRES[centre] + STD * torch.randn(n, 2, dtype=torch.float64)
+    eps = torch.randn(n, 2, dtype=torch.float64)
+    x_t = q(schedule, x_0, t, eps)
+    y = target(predicts, schedule, x_0, t, eps)
+    at = torch.tensor([[0.2, 0.1]], dtype=torch.float64)
+    near = (x_t - at).norm(dim=1) < 0.15
+    assert near.sum() > 2000
+    estimate = y[near].mean(0)
+    exact = exact_network(predicts, schedule, mixture_x_0)(at, t, ())[0]
+    standard_error = y[near].std(0) / near.sum() ** 0.5
+    assert ((estimate - exact).abs() < 4 * standard_error + 0.03).all()  # 0.03: curvature over the 0.15 disc
+
+
+def test_guidance_touches_every_channel_and_is_plain_at_scale_1():
+    def net(x, t, c, lora=()):
+        return x * 0 + c[0][:, :, None, None]
+    F, c, c_null = Denoiser(net), (torch.randn(2, 3),), (torch.randn(1, 3),)
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor(1.0)
+    w = torch.tensor([1.0, 3.0])
+    _, x_0 = ode_step(F, x, t, t * 0, c, c_null, w)
+    v = x - x_0  # x_0 = x - t v
+    expected = c_null[0] + w[:, None] * (c[0] - c_null[0])
+    torch.testing.assert_close(v, expected[:, :, None, None].expand_as(v), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "sdxl"])
+def test_random_times_leave_room_for_the_step(schedule):
+    dt = delta_t(schedule)
+    u = torch.cat([torch.zeros(1), torch.linspace(0, 1, 20001)[:-1]])
+    t = random_time(schedule, u, low=dt)
+    assert t.max() == 1 and (t - dt).min() >= 0 and t.mean().item() == pytest.approx((1 + dt) / 2, abs=1e-3)
+    if schedule == "sdxl":  # the grid i/1000, i = 17..1000
+        assert set((1000 * t).round().int().tolist()) == set(range(17, 1001))
+        assert random_time(schedule, u).min() == torch.tensor(0.001)
+
+
+def test_generator_schedule():
+    # shift 3, N = 4 (ComfyUI's sgm_uniform): s u / (1 + (s - 1) u) at u = 0, 1/4 .. 1.
+    torch.testing.assert_close(generator_times(4, 3.0), torch.tensor([0, 0.5, 0.75, 0.9, 1.0]))
+    torch.testing.assert_close(generator_times(8, 1.0)[-2] * 1000 - 1, torch.tensor(874.0))  # trailing spacing of a DDPM grid
+    assert generator_times(1, 3.0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("path", golden("sd3_flow_euler*.safetensors"), ids=lambda p: p.stem)
+def test_teacher_sigmas_equal_the_original(path):
+    tensors, _ = read_golden(path)
+    names = [n for n in tensors if n.endswith(".sigmas")]
+    assert names
+    for name in names:
+        shift, steps = (float(part.removeprefix(p)) for part, p in zip(name.split(".shift")[1].rsplit(".", 2), ("", "steps")))
+        # diffusers and the original differ by 1.2e-7 from each other (SD3.md).
+        torch.testing.assert_close(teacher_times(int(steps), shift).flip(0), tensors[name], atol=3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("path", golden("sd3_flow_euler*.safetensors"), ids=lambda p: p.stem)
+def test_guided_trajectory_equals_the_original(path):
+    tensors, meta = read_golden(path)
+    c, c_null = ((tensors[f"in.{kind}.context"], tensors[f"in.{kind}.y"]) for kind in ("cond", "uncond"))
+    for family, file in meta["config"]["mmdit_files"].items():
+        net, *_ = load_golden_net(GOLDEN / file)
+        for steps in meta["config"]["steps"]:
+            latents = tensors[f"traj.{family}.steps{steps}.latents"]
+            x, tn = tensors["in.noise"], teacher_times(steps, meta["config"]["shift"]).flip(0)
+            w = torch.full((x.shape[0],), meta["config"]["cfg"])
+            for k in range(steps):
+                # 2e-4: float32 against float64 of the reference drifts by 1.3e-5 over a trajectory, guidance 5 enlarges ours.
+                torch.testing.assert_close(x, latents[k], atol=2e-4, rtol=0)
+                with torch.no_grad():
+                    x, x_0 = ode_step(Denoiser(net), x, tn[k], tn[k + 1], c, c_null, w)
+                if f"traj.{family}.steps{steps}.denoised_cfg" in tensors:
+                    torch.testing.assert_close(x_0, tensors[f"traj.{family}.steps{steps}.denoised_cfg"][k], atol=2e-4, rtol=0)
+            torch.testing.assert_close(x, latents[steps], atol=2e-4, rtol=0)
+
+
+def test_gradient_of_eq6_is_eq5_with_a_normaliser_per_sample():
+    x_hat_0 = torch.randn(2, 3, 4, 4, requires_grad=True)
+    fake, real = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    dmd_loss(x_hat_0, fake, real).backward()
+    norm = (x_hat_0.detach() - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(x_hat_0.grad, (fake - real) / norm / x_hat_0.numel())
