@@ -1,0 +1,340 @@
+"""Checkpoint files: finding them, reading tensors or only rows of tensors, strict loading, saving.
+
+Nothing is read before it is asked for: opening a 16 GB file reads its header. Whatever the user can mend is
+an InputError of one sentence: which file, the first few names, what was expected.
+"""
+import json
+import math
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+class InputError(ValueError):
+    """Something the user can mend, such as a wrong file. Scripts print the sentence and exit with 2."""
+
+
+class Tensors(Mapping):
+    """Read-only mapping name -> tensor in the file's own dtype, read when asked for, into memory of its own.
+
+    `path` file, `shapes` name -> shape, `metadata` strings, `prefix` what `group` has stripped."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple], read: Callable[[str, slice | None], Tensor],
+                 metadata: dict[str, str] | None = None, prefix: str = ""):
+        self.path, self.shapes, self.metadata, self.prefix = path, shapes, metadata or {}, prefix
+        self.read = read  # of a name: the rows in the slice, or the whole tensor for None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(f"{self.path}: no tensor {self.prefix}{name}")
+        return self.read(name, None)
+
+    def __contains__(self, name: str) -> bool:  # Mapping's own would read the tensor
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """tensors[name][start:stop], reading only these rows."""
+        return self.read(name, slice(start, stop))
+
+    def group(self, prefix: str) -> "Tensors":
+        """The tensors whose names start with `prefix`, without it. Raises InputError when there are none."""
+        shapes = {name[len(prefix):]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
+        if not shapes:
+            groups = dict.fromkeys(self.prefix + ".".join(name.split(".")[:2]) for name in self.shapes)
+            raise InputError(f"{self.path}: expected tensors named {self.prefix}{prefix}*, "
+                             f"found {some(groups, 6)}")
+        return Tensors(self.path, shapes, lambda name, rows: self.read(prefix + name, rows), self.metadata,
+                       self.prefix + prefix)
+
+
+def some(names: Iterable, count: int = 3) -> str:
+    """The first few of many names, for a sentence."""
+    names = list(map(str, names))
+    return ", ".join(names[:count] + ["..."] * (len(names) > count)) or "nothing"
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+def open_tensors(path: str | Path) -> Tensors:
+    """A .safetensors file, a PyTorch file that `weights_only=True` can read, the `*.index.json` of a sharded
+    checkpoint, or a folder with one of these. Raises InputError for all else, and for damaged files."""
+    path = Path(path)
+    if path.is_dir():
+        path = weights_in(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder; expected a checkpoint")
+    if path.name.endswith(".index.json"):
+        return open_shards(path)
+    if path.suffix == ".safetensors":
+        return unscaled(open_safetensors(path))
+    if path.suffix in TORCH_SUFFIXES:
+        return unscaled(open_torch(path))
+    raise InputError(f"{path}: not a tensor file; expected .safetensors, .index.json or one of "
+                     f"{', '.join(TORCH_SUFFIXES)}")
+
+
+def weights_in(folder: Path) -> Path:
+    """The one checkpoint of a folder: an index before its shards, safetensors before pickles."""
+    kinds = (".safetensors.index.json", ".safetensors", ".index.json", *TORCH_SUFFIXES)
+    for pattern in ("*" + kind for kind in kinds):
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            raise InputError(f"{folder}: holds several checkpoints; expected one of "
+                             f"{some((file.name for file in files), 6)}")
+        if files:
+            return files[0]
+    raise InputError(f"{folder}: no weights in this folder; expected *.safetensors, *.index.json or *.bin")
+
+
+def open_safetensors(path: Path) -> Tensors:
+    """The format is a length, a JSON header and the bytes. Read as a plain file: the safetensors package maps it
+    whole, which counts as memory of every process and fails for a file larger than what is free."""
+    size, file = path.stat().st_size, path.open("rb")
+    length = int.from_bytes(file.read(8), "little")
+    head = file.read(min(length, 100_000_000))  # safetensors' own limit
+    if head[:1] != b"{":
+        file.seek(0)
+        pointer = file.read(20) == b"version https://git-"
+        found = "a Git LFS pointer (run `git lfs pull`)" if pointer else "something else"
+        raise InputError(f"{path}: expected a safetensors file, found {found}")
+    if len(head) < length:
+        raise InputError(f"{path}: truncated within its header, {size} bytes of more than {8 + length}")
+    try:
+        entries = json.loads(head)
+        metadata = entries.pop("__metadata__", None)
+        spans = {name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                 for name, entry in entries.items()}
+        broken = [name for name, (dtype, shape, start, stop) in spans.items()
+                  if start < 0 or stop - start != math.prod(shape) * dtype.itemsize]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged safetensors header ({type(error).__name__}: {error})") from error
+    if broken:
+        raise InputError(f"{path}: damaged safetensors header, sizes do not fit the shapes of {some(broken)}")
+    expected = 8 + length + max((stop for *_, stop in spans.values()), default=0)
+    if size < expected:
+        raise InputError(f"{path}: truncated, {size} bytes of {expected}")
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        dtype, shape, start, stop = spans[name]
+        if rows is not None:
+            row = math.prod(shape[1:]) * dtype.itemsize
+            first, last, _ = rows.indices(shape[0])
+            start, stop, shape = start + first * row, start + last * row, (last - first, *shape[1:])
+        t = torch.empty(shape, dtype=dtype)
+        file.seek(8 + length + start)
+        if file.readinto(t.view(-1).view(torch.uint8).numpy()) != stop - start:
+            raise InputError(f"{path}: changed while it was being read; {name} is cut short")
+        return t
+
+    return Tensors(path, {name: shape for name, (_, shape, *_) in spans.items()}, read, metadata)
+
+
+def open_torch(path: Path) -> Tensors:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
+            # Only the zip format can be mapped; before PyTorch 1.6 files were plain pickles.
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        wants = re.search(r"GLOBAL (\S+)", str(error))
+        if wants or "TorchScript" in str(error):
+            code = f"calls {wants[1]}" if wants else "is a TorchScript program"
+            raise InputError(f"{path}: refused, because reading it would run code (it {code}); expected a file "
+                             "of tensors only, such as .safetensors") from error
+        raise InputError(f"{path}: not a PyTorch file, or truncated") from error
+    # Trainers wrap the weights: {"state_dict": {...}, "epoch": 3}, {"module": {...}}.
+    sets = {"": tensors_of(data)}
+    if not sets[""] and isinstance(data, dict):
+        sets = {key: found for key, value in data.items() if (found := tensors_of(value))}
+    if len(sets) > 1:
+        raise InputError(f"{path}: holds several sets of tensors ({some(sets)}); expected one")
+    tensors = next(iter(sets.values()), None)
+    if not tensors:
+        raise InputError(f"{path}: no tensors in this file; expected a dictionary name -> tensor")
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        return (tensors[name] if rows is None else tensors[name][rows]).clone()
+
+    return Tensors(path, {name: tuple(t.shape) for name, t in tensors.items()}, read)
+
+
+def tensors_of(data) -> dict[str, Tensor]:
+    if not isinstance(data, dict):
+        return {}
+    return {name: t.detach() for name, t in data.items() if isinstance(name, str) and isinstance(t, Tensor)}
+
+
+def open_shards(path: Path) -> Tensors:
+    try:
+        places = json.loads(path.read_bytes())["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{path}: expected JSON with "weight_map": {{tensor name: file name}}') from error
+    absent = [file for file in files if not (path.parent / file).is_file()]
+    if absent:
+        raise InputError(f"{path}: {len(absent)} of its {len(files)} files are not beside it: {some(absent)}")
+    shards = {file: open_tensors(path.parent / file) for file in files}
+    lost = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
+    if lost:
+        raise InputError(f"{path}: {len(lost)} tensors are not in the files it names: {some(lost)}")
+    return Tensors(path, {name: shards[file].shapes[name] for name, file in places.items()},
+                   lambda name, rows: shards[places[name]].read(name, rows))
+
+
+def unscaled(tensors: Tensors) -> Tensors:
+    """ComfyUI's scaled fp8 files hold each weight divided by a scale, and the scale (`scale_weight`, in newer
+    files `weight_scale`): multiplied again here, and the scales hidden. Other files pass unchanged."""
+    scales = {}
+    for name, shape in tensors.shapes.items():
+        stem, _, last = name.rpartition(".")
+        if last in ("scale_weight", "weight_scale") and f"{stem}.weight" in tensors:
+            if math.prod(shape) != 1:
+                raise InputError(f"{tensors.path}: {name} is {shape}; expected one fp8 scale per tensor")
+            scales[f"{stem}.weight"] = name
+    if not scales:
+        return tensors
+    hidden = ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        t = tensors.read(name, rows)
+        return t.float() * tensors[scales[name]].float() if name in scales else t
+
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name.rpartition(".")[2] not in hidden}
+    return Tensors(tensors.path, shapes, read, tensors.metadata)
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+
+def check_names(tensors: Tensors, expected: dict[str, tuple], ignore: tuple[str, ...] = ()) -> None:
+    """Strict both ways: raises InputError unless the file holds exactly the expected names and shapes.
+    `ignore`: fnmatch patterns of names that it may hold on top."""
+    missing = [tensors.prefix + name for name in expected if name not in tensors]
+    extra = [tensors.prefix + name for name in tensors
+             if name not in expected and not any(fnmatchcase(name, pattern) for pattern in ignore)]
+    wrong = [f"{tensors.prefix}{name} is {tensors.shapes[name]}, expected {tuple(shape)}"
+             for name, shape in expected.items() if name in tensors and tensors.shapes[name] != tuple(shape)]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} expected tensors are missing ({some(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} tensors are not expected ({some(extra)})")
+    if wrong:
+        problems.append(f"{len(wrong)} tensors have another shape ({some(wrong)})")
+    if problems:
+        other = "another architecture: " if 2 * (len(missing) + len(wrong)) > len(expected) else ""
+        raise InputError(f"{tensors.path}: {other}{'; '.join(problems)}")
+
+
+def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
+         ignore: tuple[str, ...] = ()) -> None:
+    """Fill a whole network, usually built on `meta`; floating-point tensors become `dtype`. As strict as
+    `check_names`. A weight that the network has under two names stays one, and the file may name it once or twice.
+    """
+    own, names = net.state_dict(keep_vars=True), {}
+    for name, p in own.items():
+        names.setdefault(id(p), []).append(name)
+    source = {key: next((name for name in same if name in tensors), same[0]) for key, same in names.items()}
+    expected = {name: tuple(p.shape) for name, p in own.items() if name in tensors or name == source[id(p)]}
+    check_names(tensors, expected, ignore)
+    filled = {}
+    for p in own.values():
+        if id(p) not in filled:
+            value = tensors[source[id(p)]]
+            value = value.to(dtype) if value.is_floating_point() else value
+            is_parameter = isinstance(p, nn.Parameter)
+            filled[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad) if is_parameter else value
+    net.load_state_dict({name: filled[id(p)] for name, p in own.items()}, assign=True)
+
+
+# ---- saving ------------------------------------------------------------------------------------------------
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to. It takes the place of `path` when the block ends and is
+    removed when the block fails, so that nobody, killed or reading, ever meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
+                     metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, replacing `path` only when it is whole."""
+    whole, memory = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, as tied weights and slices do.
+        whole[name] = t.clone() if t.untyped_storage().data_ptr() in memory else t
+        memory.add(t.untyped_storage().data_ptr())
+    with replacing(path) as temporary:
+        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+
+
+# ---- finding -----------------------------------------------------------------------------------------------
+
+def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
+    """Where `file` is: in `ckpt` when that is given, else downloaded from the Hugging Face repository
+    (HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE hold). A name that ends in "/" is a folder of weights, settings and
+    tokenizer files. `ckpt`: the file or folder itself, or a local copy of the repository. Raises InputError."""
+    if ckpt is not None:
+        if not Path(ckpt).exists():
+            raise InputError(f"{ckpt}: no such file or folder; expected {file}, as in {repo}")
+        inside = Path(ckpt) / file
+        return inside if inside.exists() else Path(ckpt)
+    from huggingface_hub import constants, hf_hub_download, snapshot_download  # slow to import, seldom needed
+    url = f"{constants.ENDPOINT}/{repo}"
+    try:
+        if not file.endswith("/"):
+            return Path(hf_hub_download(repo, file))
+        patterns = [file + kind for kind in ("*.safetensors", "*.json", "*.txt", "*.model")]
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=["*.fp16.*"])) / file
+        if folder.is_dir():
+            return folder
+        reason = f"no such folder in {url}"
+    except Exception as error:  # of many kinds, which differ between versions of huggingface_hub
+        reason = why(error, url)
+    raise InputError(f"{file} of {repo}: {reason}; --ckpt PATH takes a local copy")
+
+
+def why(error: BaseException, url: str) -> str:
+    """The reason of a failed download, in words."""
+    from huggingface_hub import errors
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # what stood in the way of the download
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"access refused (HTTP {status}): check the name, accept the terms on {url} and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no repository at {url}"
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return "not downloaded yet, and HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"no such file in {url}"
+    return f"could not be downloaded from {url} ({(str(error) or type(error).__name__).splitlines()[0]})"
