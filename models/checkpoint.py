@@ -109,8 +109,8 @@ def weights_in(folder: Path) -> Path:
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The format is a length, a JSON header and the bytes. Read as a plain file: the safetensors package maps it
-    whole, which counts as memory of every process and fails for a file larger than what is free."""
+    """The format is a length, a JSON header and the bytes. Read as a plain file: the safetensors package maps
+    it whole, which counts as memory of every process and fails for a file larger than what is free."""
     size, file = path.stat().st_size, path.open("rb")
     length = int.from_bytes(file.read(8), "little")
     head = file.read(min(length, 100_000_000))  # safetensors' own limit
@@ -161,8 +161,8 @@ def open_torch(path: Path) -> Tensors:
         wants = re.search(r"GLOBAL (\S+)", str(error))
         if wants or "TorchScript" in str(error):
             code = f"calls {wants[1]}" if wants else "is a TorchScript program"
-            raise InputError(f"{path}: refused, because reading it would run code (it {code}); expected a file "
-                             "of tensors only, such as .safetensors") from error
+            raise InputError(f"{path}: refused, because reading it would run code (it {code}); "
+                             "expected a file of tensors only, such as .safetensors") from error
         raise InputError(f"{path}: not a PyTorch file, or truncated") from error
     # Trainers wrap the weights: {"state_dict": {...}, "epoch": 3}, {"module": {...}}.
     sets = {"": tensors_of(data)}
@@ -250,8 +250,7 @@ def check_names(tensors: Tensors, expected: dict[str, tuple], ignore: tuple[str,
 def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
          ignore: tuple[str, ...] = ()) -> None:
     """Fill a whole network, usually built on `meta`; floating-point tensors become `dtype`. As strict as
-    `check_names`. A weight that the network has under two names stays one, and the file may name it once or twice.
-    """
+    `check_names`. A weight that the network has under two names stays one; the file may hold it once or twice."""
     own, names = net.state_dict(keep_vars=True), {}
     for name, p in own.items():
         names.setdefault(id(p), []).append(name)
@@ -300,9 +299,9 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
 # ---- finding -----------------------------------------------------------------------------------------------
 
 def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
-    """Where `file` is: in `ckpt` when that is given, else downloaded from the Hugging Face repository
-    (HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE hold). A name that ends in "/" is a folder of weights, settings and
-    tokenizer files. `ckpt`: the file or folder itself, or a local copy of the repository. Raises InputError."""
+    """Where `file` is: in `ckpt` when that is given (the file or folder itself, or a local copy of the
+    repository), else downloaded from the Hugging Face repository; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE hold.
+    A name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
     if ckpt is not None:
         if not Path(ckpt).exists():
             raise InputError(f"{ckpt}: no such file or folder; expected {file}, as in {repo}")
