@@ -1,0 +1,299 @@
+"""LoRA (Hu et al. 2021): adapters on linear layers, and the LoRA files people already have for SD3 / SD3.5.
+
+A weight W (out, in) becomes W + alpha / rank * up @ down, with down (rank, in) and up (out, rank). Several
+adapters share one set of base weights; which of them acts is an argument of forward.
+Read: diffusers / peft, OneTrainer, SimpleTuner, kohya and ComfyUI spellings of plain LoRA.
+Written: the diffusers and the kohya layout (ComfyUI reads both).
+"""
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import linear
+
+from models.checkpoint import InputError, Tensors, save_safetensors
+
+# The linears that the network calls with its `lora` argument: attention (attn2 too) and MLP of both streams.
+# The paper says LoRA, not where nor of which start: attention, up = 0.  # [choice]
+ADAPTABLE = ("qkv", "proj", "fc1", "fc2")
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that keeps its own parameters' names and carries any number of named adapters."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.alpha = {}  # of every adapter of the network: None where it leaves this layer alone
+
+    def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
+        """x (... in) -> (... out), with the adapter of that name or, without a name, the base alone."""
+        y = linear(x, self.weight, self.bias)
+        if adapter is None or self.alpha[adapter] is None:
+            return y
+        # Stored in float32, where steps of 1e-6 still move them; multiplied in the activations' dtype.
+        down, up = self.lora_A[adapter].to(x.dtype), self.lora_B[adapter].to(x.dtype)
+        return y + self.alpha[adapter] / len(down) * linear(linear(x, down), up)
+
+
+def add_lora(net: nn.Module, name: str, rank: int, alpha: float | None = None,
+             targets: tuple[str, ...] = ("qkv", "proj"), seed: int = 0) -> None:
+    """Put a new adapter on every linear layer whose last name part is in `targets`; alpha None is the rank.
+
+    On `meta` the values come from a later `init_lora`. Raises InputError for a target that is not ADAPTABLE,
+    ValueError for an adapter name already in use.
+    """
+    if rank < 1 or not targets or set(targets) - set(ADAPTABLE):
+        raise InputError(f"LoRA of rank {rank} on {', '.join(targets) or 'nothing'}: "
+                         f"expected a rank of at least 1 and targets among {', '.join(ADAPTABLE)}")
+    for path, layer in list(net.named_modules()):
+        kind = path.split(".")[-1]
+        if kind not in ADAPTABLE or not isinstance(layer, nn.Linear):
+            continue  # the patch embedding's proj is a convolution
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            net.set_submodule(path, layer)
+        if name in layer.alpha:
+            raise ValueError(f"{path} already has an adapter called {name}")
+        layer.alpha[name] = None
+        if kind in targets:
+            layer.alpha[name] = float(rank if alpha is None else alpha)
+            empty = dict(dtype=torch.float32, device=layer.weight.device)
+            layer.lora_A[name] = nn.Parameter(torch.empty(rank, layer.in_features, **empty))
+            layer.lora_B[name] = nn.Parameter(torch.empty(layer.out_features, rank, **empty))
+    init_lora(net, name, seed)
+
+
+def lora_layers(net: nn.Module, name: str) -> dict[str, LoRALinear]:
+    layers = {path: m for path, m in net.named_modules() if isinstance(m, LoRALinear) and name in m.lora_A}
+    if not layers:
+        raise ValueError(f"the network has no adapter called {name}")
+    return layers
+
+
+def lora_parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
+    return [p for layer in lora_layers(net, name).values() for p in (layer.lora_A[name], layer.lora_B[name])]
+
+
+def lora_state(net: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module path: (down, up)}, whole and on the CPU. On a sharded network every rank must call it."""
+    def whole(p):
+        return (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
+    return {path: (whole(layer.lora_A[name]), whole(layer.lora_B[name]))
+            for path, layer in lora_layers(net, name).items()}
+
+
+def local(param: Tensor) -> Tensor:
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def share(full: Tensor, param: Tensor) -> Tensor:
+    """What this rank holds of a full tensor that is laid out like `param`; no communication."""
+    if isinstance(param, DTensor):
+        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
+    return full.to(local(param).device)
+
+
+@torch.no_grad()
+def init_lora(net: nn.Module, name: str, seed: int = 0) -> None:
+    """up = 0, so that the adapter starts as the identity; down ~ U(-1, 1) / sqrt(in), equal on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(net, name).values():
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        if not down.is_meta:
+            values = (2 * torch.rand(down.shape, generator=generator) - 1) / math.sqrt(layer.in_features)
+            local(down).copy_(share(values, down))
+            local(up).zero_()
+
+
+# Original module -> diffusers modules; those of a stream inside joint_blocks.<i> and transformer_blocks.<i>.
+# Three names: a third of a fused weight's rows each.
+DIFFUSERS = {
+    "pos_embed": ["pos_embed.pos_embed"],
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
+    "context_embedder": ["context_embedder"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+    "x_block.attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "x_block.attn.proj": ["attn.to_out.0"],
+    "x_block.attn.ln_q": ["attn.norm_q"], "x_block.attn.ln_k": ["attn.norm_k"],
+    "x_block.attn2.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+    "x_block.attn2.proj": ["attn2.to_out.0"],
+    "x_block.attn2.ln_q": ["attn2.norm_q"], "x_block.attn2.ln_k": ["attn2.norm_k"],
+    "x_block.mlp.fc1": ["ff.net.0.proj"], "x_block.mlp.fc2": ["ff.net.2"],
+    "x_block.adaLN_modulation.1": ["norm1.linear"],
+    "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "context_block.attn.proj": ["attn.to_add_out"],
+    "context_block.attn.ln_q": ["attn.norm_added_q"], "context_block.attn.ln_k": ["attn.norm_added_k"],
+    "context_block.mlp.fc1": ["ff_context.net.0.proj"], "context_block.mlp.fc2": ["ff_context.net.2"],
+    "context_block.adaLN_modulation.1": ["norm1_context.linear"],
+}
+
+
+def to_diffusers(module: str, rows: int, depth: int) -> dict[str, list[tuple[int, int]]]:
+    """Diffusers modules that an original one with so many output rows becomes -> its rows (start, stop)."""
+    block = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
+    names = DIFFUSERS[block[2] if block else module]
+    prefix = f"transformer_blocks.{block[1]}." if block else ""
+    last = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
+    if module in ("final_layer.adaLN_modulation.1", last):
+        # No gate here, only shift and scale; diffusers stores the scale first.
+        return {prefix + names[0]: [(rows // 2, rows), (0, rows // 2)]}
+    cut = rows // len(names)
+    return {prefix + name: [(i * cut, (i + 1) * cut)] for i, name in enumerate(names)}
+
+
+class Piece(NamedTuple):
+    """scale * up @ down is added to rows start..stop of a weight (a convolution's kernel flattened)."""
+    start: int
+    stop: int
+    down: Tensor  # rank in
+    up: Tensor  # stop-start rank
+    scale: float
+
+
+TEXT = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.")
+PREFIX = re.compile(r"(base_model\.model\.)?"
+                    r"(transformer\.|(model\.)?diffusion_model\.|lora_transformer_|lora_unet_|lycoris_)?")
+PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.alpha")
+OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|(diff|diff_b|[wb]_norm)$)")
+
+
+def spellings(net: nn.Module) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
+    """Every module name a file may use, dotted or with underscores -> (weight name, its shape, the rows)."""
+    table = {}
+    for name, weight in net.named_parameters():
+        if name.endswith(".weight") and weight.ndim >= 2:
+            module, rows = name.removesuffix(".weight"), len(weight)
+            for spelling, cuts in {module: [(0, rows)], **to_diffusers(module, rows, net.depth)}.items():
+                table[spelling] = table[spelling.replace(".", "_")] = name, tuple(weight.shape), cuts
+    return table
+
+
+def peft_config(tensors: Tensors) -> dict:
+    """Peft's settings, from the metadata (diffusers) or the file beside the weights (peft); {} without."""
+    beside, config = Path(tensors.path).with_name("adapter_config.json"), "{}"
+    if "lora_adapter_metadata" in tensors.metadata:
+        config = tensors.metadata["lora_adapter_metadata"]
+    elif Path(tensors.path).stem == "adapter_model" and beside.exists():
+        config = beside.read_text()
+    return {key.removeprefix("transformer."): value for key, value in json.loads(config).items()}
+
+
+def peft_scale(config: dict, module: str, rank: int) -> float:
+    """alpha / rank by peft's rules. rank_pattern is not needed: the tensors' shapes hold the ranks."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(matching, config.get("lora_alpha", rank))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_lora(tensors: Tensors, net: nn.Module) -> dict[str, list[Piece]]:
+    """A LoRA file for the MMDiT `net` (which may be on `meta`) -> {weight name: pieces to add}.
+
+    Without `.alpha` tensors or peft settings alpha is the rank. Text-encoder parts are not applied: a warning
+    says so. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete pairs and wrong shapes.
+    """
+    def refuse(problem, keys):
+        raise InputError(f"{tensors.path}: {problem}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}")
+
+    text = [key for key in tensors if key.startswith(TEXT)]
+    keys = [key for key in tensors if not key.startswith(TEXT)]
+    if other := [key for key in keys if OTHER.search(key)]:
+        refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
+    table, found, unknown = spellings(net), {}, []
+    sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
+    for key in keys:
+        match = PART.fullmatch(key)
+        module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
+        if module not in table:
+            unknown.append(key)
+        elif sides[match[2]] in found.setdefault(module, {}):
+            refuse("the same weight is given twice", [key])
+        else:
+            found[module][sides[match[2]]] = tensors[key].float()
+    if unknown or not found:
+        refuse("expected LoRA keys of this model's modules, found", unknown or text or ["no tensors"])
+    if text:
+        warnings.warn(f"{tensors.path}: its {len(text)} text-encoder tensors are not applied", stacklevel=2)
+
+    config, lora = peft_config(tensors), {}
+    for module, parts in found.items():
+        if not {"down", "up"} <= parts.keys():
+            refuse("expected a down and an up weight together, found one alone or an alpha", [module])
+        name, shape, cuts = table[module]
+        down, up = parts["down"], parts["up"]
+        rank, rows = up.shape[1:2].numel(), sum(stop - start for start, stop in cuts)
+        # Numbers of elements, because a convolution's down carries the kernel and its up is 1x1.
+        expected = (rows * rank, rank * math.prod(shape[1:]))
+        if rank == 0 or up.shape[:1] != (rows,) or (up.numel(), down.numel()) != expected:
+            refuse(f"down {(*down.shape,)} and up {(*up.shape,)} do not fit {name} {shape}", [module])
+        down, up = down.reshape(rank, -1), up.reshape(rows, rank)
+        # kohya's split qkv stacks three ranks in one down; alpha / rows of down is how every reader takes it.
+        scale = parts["alpha"].item() / rank if "alpha" in parts else peft_scale(config, module, rank)
+        pieces = lora.setdefault(name, [])
+        for (start, stop), part in zip(cuts, up.split([stop - start for start, stop in cuts])):
+            if any(start < p.stop and p.start < stop for p in pieces):
+                refuse("the same weight is given twice, under two names", [module])
+            pieces.append(Piece(start, stop, down, part, scale))
+    return lora
+
+
+@torch.no_grad()
+def merge_lora(target: nn.Module | dict[str, Tensor], lora: dict[str, list[Piece]], scale: float = 1) -> None:
+    """Add a LoRA to the weights of a network (sharded or not) or of a dict: in place, one after the other,
+    in float32 whatever they are stored in."""
+    weights = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
+    for name, pieces in lora.items():
+        weight = weights[name]
+        delta = torch.zeros(weight.shape, device=local(weight).device)
+        for start, stop, down, up, piece_scale in pieces:
+            product = up.to(delta.device) @ down.to(delta.device)
+            delta[start:stop] += scale * piece_scale * product.view_as(delta[start:stop])
+        local(weight).copy_(local(weight).float() + share(delta, weight))
+
+
+def save_diffusers(path: str | Path, net: nn.Module, name: str) -> None:
+    """The adapter as diffusers names it: q, k and v apart, each with a copy of the common down.
+
+    An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
+    Every rank must call these two; rank 0 writes.
+    """
+    tensors, modules, metadata = {}, [], {}
+    for module, (down, up) in lora_state(net, name).items():
+        for spelling, cuts in to_diffusers(module, len(up), net.depth).items():
+            modules.append(spelling)
+            tensors[f"transformer.{spelling}.lora_A.weight"] = down
+            tensors[f"transformer.{spelling}.lora_B.weight"] = torch.cat([up[a:b] for a, b in cuts])
+    alpha, rank = lora_layers(net, name)[module].alpha[name], len(down)
+    if alpha != rank:  # without this entry readers take alpha = rank
+        metadata["lora_adapter_metadata"] = json.dumps({
+            "transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": modules})
+    write(path, tensors, metadata)
+
+
+def save_kohya(path: str | Path, net: nn.Module, name: str) -> None:
+    """The adapter as sd-scripts and ComfyUI name it: original modules with underscores, qkv fused, alphas."""
+    tensors, layers = {}, lora_layers(net, name)
+    for module, (down, up) in lora_state(net, name).items():
+        key = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+        tensors[f"{key}.alpha"] = torch.tensor(layers[module].alpha[name])
+    write(path, tensors, {})
+
+
+def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_safetensors(path, tensors, metadata)
