@@ -250,7 +250,7 @@ def check_names(tensors: Tensors, expected: dict[str, tuple], ignore: tuple[str,
 def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
          ignore: tuple[str, ...] = ()) -> None:
     """Fill a whole network, usually built on `meta`; floating-point tensors become `dtype`. As strict as
-    `check_names`. A weight that the network has under two names stays one; the file may hold it once or twice."""
+    `check_names`. A weight that the network has under two names stays one; the file may hold it once."""
     own, names = net.state_dict(keep_vars=True), {}
     for name, p in own.items():
         names.setdefault(id(p), []).append(name)
@@ -299,8 +299,8 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
 # ---- finding -----------------------------------------------------------------------------------------------
 
 def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
-    """Where `file` is: in `ckpt` when that is given (the file or folder itself, or a local copy of the
-    repository), else downloaded from the Hugging Face repository; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE hold.
+    """Where `file` is: in `ckpt` when that is given (the file or folder itself, or a local copy of `repo`),
+    else downloaded from the Hugging Face repository `repo` as HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE say.
     A name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
     if ckpt is not None:
         if not Path(ckpt).exists():
