@@ -265,13 +265,13 @@ def merge_lora(target: nn.Module | dict[str, Tensor], lora: dict[str, list[Piece
         local(weight).copy_(local(weight).float() + share(delta, weight))
 
 
-def save_diffusers(path: str | Path, net: nn.Module, name: str) -> None:
+def save_diffusers(path: str | Path, net: nn.Module, name: str, metadata: dict[str, str] | None = None) -> None:
     """The adapter as diffusers names it: q, k and v apart, each with a copy of the common down.
 
     An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
-    Every rank must call these two; rank 0 writes.
+    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside, such as the generator's steps.
     """
-    tensors, modules, metadata = {}, [], {}
+    tensors, modules, metadata = {}, [], dict(metadata or {})
     for module, (down, up) in lora_state(net, name).items():
         for spelling, cuts in to_diffusers(module, len(up), net.depth).items():
             modules.append(spelling)
@@ -284,14 +284,14 @@ def save_diffusers(path: str | Path, net: nn.Module, name: str) -> None:
     write(path, tensors, metadata)
 
 
-def save_kohya(path: str | Path, net: nn.Module, name: str) -> None:
+def save_kohya(path: str | Path, net: nn.Module, name: str, metadata: dict[str, str] | None = None) -> None:
     """The adapter as sd-scripts and ComfyUI name it: original modules with underscores, qkv fused, alphas."""
     tensors, layers = {}, lora_layers(net, name)
     for module, (down, up) in lora_state(net, name).items():
         key = "lora_unet_" + module.replace(".", "_")
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
         tensors[f"{key}.alpha"] = torch.tensor(layers[module].alpha[name])
-    write(path, tensors, {})
+    write(path, tensors, metadata or {})
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

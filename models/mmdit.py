@@ -164,6 +164,10 @@ class MMDiT(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return list(self.joint_blocks)
 
+    def tap_shapes(self, H: int, W: int) -> dict[int, tuple[int, int, int]]:
+        """The discriminator's taps, every block (App. B.1), and their maps' (D, h, w) at latent size H x W."""
+        return {i: (self.pos_embed.shape[-1], H // self.patch, W // self.patch) for i in range(self.depth)}
+
     def crop_pos_embed(self, h: int, w: int) -> Tensor:
         """The centred h x w window of the stored position table: (1 S D)."""
         if max(h, w) > self.pos_grid:
@@ -189,7 +193,8 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context.to(dtype))  # B L D
         x = self.x_embedder(x_t.to(dtype))  # B D h w
         h, w = x.shape[-2:]
-        x = rearrange(x, "B D h w -> B (h w) D") + self.crop_pos_embed(h, w).to(dtype)
+        # Contiguous here once: elementwise results keep the strides of their input, and every LayerNorm would copy.
+        x = rearrange(x, "B D h w -> B (h w) D").contiguous() + self.crop_pos_embed(h, w).to(dtype)
 
         maps = []
         for i, block in enumerate(self.joint_blocks[:max(taps) + 1] if taps else self.joint_blocks):

@@ -1,0 +1,237 @@
+"""Many GPUs, one GPU or a CPU by the same lines: process group, FSDP2 sharding, sharded loading, updates, save and resume.
+
+Parameters and optimizer state stay float32, computation is bf16 on GPUs (FSDP's mixed precision). At learning rates of 1e-7 and
+1e-8 bf16 weights could not move; `count_stuck` tells how many float32 weights cannot either.
+"""
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
+
+from models.checkpoint import InputError, Tensors, check_names
+
+# FSDP warns that an in-place operation on a network's output would be wrong; none is made here.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, DeviceMesh]:
+    """Process group and mesh, the same for torchrun and for a plain `python`: (device of this rank, mesh).
+
+    The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks holds one copy of every network (HSDP).
+    Default: the ranks of one node. Raises InputError when the world size is no multiple of it."""
+    if "RANK" not in os.environ:  # not started by torchrun: a group of one that needs no port
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        world = int(os.environ["WORLD_SIZE"])
+        store = dist.HashStore() if world == 1 else None
+        # gloo serves the CPU tensors of --offload beside nccl.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=int(os.environ["RANK"]),
+                                world_size=world)
+    shard_ranks = shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if dist.get_world_size() % shard_ranks:
+        raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
+    shape = (dist.get_world_size() // shard_ranks, shard_ranks)
+    return device, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def is_main() -> bool:
+    return dist.get_rank() == 0
+
+
+def print0(*args) -> None:
+    if is_main():
+        print(*args, flush=True)
+
+
+def mean_over_ranks(values: list[Tensor]) -> list[float]:
+    """The mean of each scalar over all ranks, in one collective."""
+    stacked = torch.stack([v.detach().double().cpu() for v in values])
+    dist.all_reduce(stacked)
+    return (stacked / dist.get_world_size()).tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when it is True on one."""
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value)
+    return value.item() > 0
+
+
+# ---- sharding -----------------------------------------------------------------------------------------------------
+
+def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False, checkpointing: bool = False) -> nn.Module:
+    """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload, and non-reentrant
+    activation checkpointing inside each unit. In place, also on `meta`."""
+    cuda = mesh.device_type == "cuda"
+    options = dict(
+        mesh=mesh if mesh.shape[0] > 1 else mesh["shard"],
+        # Inputs are cast by the networks themselves: FSDP would round the time t to bf16 too.
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
+        # The root too: it would otherwise keep its gathered weights past an optimizer step whenever a no-grad forward came last.
+        reshard_after_forward=True)
+    for block in net.blocks():
+        if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        fully_shard(block, **options)
+    return fully_shard(net, **options)
+
+
+def local_rows(p: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter and its first row in the whole; a plain tensor is its own part."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local(), offset[0] if offset else 0
+
+
+def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> None:
+    """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers always on the device."""
+    net.to_empty(device="cpu" if offload else device)
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+@torch.no_grad()
+def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ()) -> None:
+    """Fill a materialised network from a checkpoint, each rank reading only its own rows. Strict: raises InputError for missing,
+    extra or mis-shaped tensors; adapters (`.lora_`), which no base checkpoint holds, are left alone."""
+    own = {name: p for name, p in [*net.named_parameters(), *net.named_buffers()] if ".lora_" not in name}
+    check_names(tensors, {name: tuple(p.shape) for name, p in own.items()}, ignore)
+    for name, p in own.items():
+        local, first = local_rows(p)
+        if isinstance(p, DTensor):
+            local.copy_(tensors.rows(name, first, first + local.shape[0]))
+        else:
+            local.copy_(tensors[name])
+
+
+@torch.no_grad()
+def fill_random(net: nn.Module, seed: int) -> None:
+    """Weights for --random-weights: normal with deviation 0.02, norms at 1, biases at 0."""
+    generator = None
+    for name, p in [*net.named_parameters(), *net.named_buffers()]:
+        local, _ = local_rows(p)
+        if generator is None or generator.device != local.device:
+            generator = torch.Generator(local.device).manual_seed(seed + dist.get_rank())
+        if name.endswith("bias"):
+            local.zero_()
+        elif local.ndim == 1:
+            local.fill_(1)
+        else:
+            local.normal_(0, 0.02, generator=generator)
+
+
+def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU), one at a time; a collective, so every rank must run it to the end."""
+    for name, p in named:
+        yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
+
+
+# ---- updates ------------------------------------------------------------------------------------------------------
+
+def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start, so that saving needs no special case."""
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
+    for p in params.values():
+        opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return opt
+
+
+def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
+    for p in params.values():
+        p.requires_grad_(on)
+
+
+def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
+    """Step and clear the gradients that `loss` (detached, this rank's mean) left: (loss over all ranks, gradient norm).
+
+    A non-finite loss or norm skips the step on every rank alike; the caller sees it in the returned values."""
+    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm(grads) if grads else torch.zeros(())
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    loss, = mean_over_ranks([loss])
+    if math.isfinite(loss) and math.isfinite(norm):
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+@torch.no_grad()
+def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
+    """(weights that one AdamW step of size lr cannot change in their float format, all weights), over all ranks."""
+    local = [local_rows(p)[0] for p in params]
+    counts = torch.tensor([sum(((p - lr) == p).sum().item() for p in local), sum(p.numel() for p in local)])
+    dist.all_reduce(counts)
+    return counts[0].item(), counts[1].item()
+
+
+# ---- save and resume ----------------------------------------------------------------------------------------------
+
+def _state(roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]]) -> dict[str, Tensor]:
+    state = {}
+    for role, (params, opt) in roles.items():
+        for name, p in params.items():
+            state[f"{role}.{name}"] = p.detach()
+            for key, value in opt.state[p].items():
+                state[f"opt.{role}.{name}.{key}"] = value
+    return state
+
+
+def save_state(folder: Path, iteration: int, roles: dict, progress: dict, keep: int = 2) -> Path:
+    """Write the trainable weights, optimizer state and counters to folder/iter_XXXXXXXX through a temporary name: a folder without
+    `.tmp` is complete. roles: name -> (named parameters, optimizer). The `keep` newest are kept."""
+    final = folder / f"iter_{iteration:08d}"
+    temporary = final.with_suffix(".tmp")
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_state(roles), checkpoint_id=temporary)
+    if is_main():
+        (temporary / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in complete_states(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def complete_states(folder: Path) -> list[Path]:
+    """Saved states in `folder`, oldest first; half-written ones are left out."""
+    return sorted(p for p in folder.glob("iter_*") if p.suffix != ".tmp")
+
+
+def load_state(path: Path, roles: dict) -> dict:
+    """Read what `save_state` wrote, in place, on the same or another number of ranks; returns its progress. Raises InputError for a
+    state of another model or a damaged one."""
+    try:
+        progress = json.loads((path / "progress.json").read_text())
+        dcp.load(_state(roles), checkpoint_id=path)
+    except Exception as error:  # torch raises its own CheckpointException, which hides the cause on other ranks
+        raise InputError(f"{path}: not a state of this model and these flags, or damaged ({str(error).splitlines()[0]})")
+    return progress

@@ -1,0 +1,470 @@
+"""What every training script does around its algorithm: flags, run folder, networks from checkpoints, batches, log, save, resume.
+
+Nothing here touches a loss. A script calls, in this order: `training_parser`, `resolve`, `Job`, `load_network`, `job.start`, and in its
+loop `job.begin`, `job.conditions`, `log.add`, `log.update`, `job.end`; `job.finish` exports and compares.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+from models import checkpoint, lora, sampling
+from models.checkpoint import InputError
+from models.data import append_jsonl, noise, prompt_index, read_prompts, save_grid, save_rows, truncate_jsonl
+from models.diffusion import Denoiser, teacher_times
+from models.discriminator import Discriminator
+from models.mmdit import MMDiT, config_from_shapes
+from models.parallel import (any_rank, complete_states, count_stuck, fill_random, full_tensors, is_main, load_sharded, load_state,
+                             materialise, mean_over_ranks, print0, save_state, shard)
+from models.presets import PRESETS, Preset
+from models.text import Cond, SD3Text, load_tokenizers, text_parts
+from models.vae import AutoencoderKL
+from models.vae import config_from_shapes as vae_config
+
+DENOISER = "model.diffusion_model."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BAD = 10  # non-finite iterations in a row before a run stops
+
+
+# ---- flags and the run folder -------------------------------------------------------------------------------------
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of everything that loads a model."""
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="tiny-sd3")
+    add("--ckpt", type=Path, help="original single file; without it the Hugging Face hub is asked")
+    add("--text-ckpt", type=Path, help="folder with the clip_l, clip_g and t5xxl files, or a diffusers-layout folder")
+    add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
+    add("--no-t5", action="store_true", help="zeros in place of T5's tokens")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
+    add("--seed", type=int, default=0)
+    add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 CPU offload)")
+    add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
+    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPUs, fp32 on CPUs")
+    add("--random-weights", action="store_true", help="no checkpoint and no text encoders: full-size networks, random weights")
+
+
+def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
+    """The flags of every training script; None means the preset's value."""
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model_flags(parser)
+    add = parser.add_argument
+    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
+    add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
+    add("--resume", nargs="?", const="newest", metavar="STATE", help="continue --out (or the newest run) from its newest complete state")
+    add("--max-iter", type=int, help="generator updates")
+    add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
+    add("--micro-batch", type=int, help="samples per forward on one rank")
+    add("--no-checkpointing", action="store_true", help="keep activations instead of computing them twice")
+    add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
+    add("--save-every", type=int, default=500, metavar="N", help="generator updates")
+    add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
+    add("--evaluate", type=int, metavar="N", help="samples of each row in the closing comparison; 0: no comparison")
+    add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and network evaluations per phase")
+    return parser
+
+
+def resolve_model(args: argparse.Namespace) -> Preset:
+    """Fill the flags left out from the preset's row. Raises InputError for a size that the model cannot take."""
+    row = PRESETS[args.model]
+    for name, value in vars(args).items():
+        if value is None and name in row._fields:
+            setattr(args, name, getattr(row, name))
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    multiple = row.vae_factor * row.config["patch"]
+    largest = row.config["pos_grid"] * multiple
+    if any(side % multiple or not multiple <= side <= largest for side in args.size):
+        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple} up to {largest}")
+    return row
+
+
+def resolve(args: argparse.Namespace) -> Preset:
+    """`resolve_model` and the batch of a training run. Raises InputError for what cannot be cut evenly."""
+    row, world = resolve_model(args), dist.get_world_size()
+    args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
+    args.max_iter = args.profile or args.max_iter
+    for name in ("steps", "max_iter", "batch_size", "micro_batch", "ttur"):
+        if getattr(args, name, 1) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if args.batch_size % (world * args.micro_batch):
+        raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes x --micro-batch {args.micro_batch}")
+    return row
+
+
+def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, int, int]:
+    return row.latent_channels, args.size[0] // row.vae_factor, args.size[1] // row.vae_factor
+
+
+def run_folder(args: argparse.Namespace, script: str) -> Path:
+    """The folder of this run, the same on every rank: --out, the newest run to resume, or the next free number."""
+    if args.out is None:
+        runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
+        number = int(runs[-1].name[-3:]) if runs else -1
+        if args.resume and not runs:
+            raise InputError(f"--resume: there is no runs/{script}-{args.model}-NNN; name the run folder with --out")
+        args.out = Path("runs") / f"{script}-{args.model}-{number + (0 if args.resume else 1):03d}"
+    elif (args.out / "config.json").exists() and not args.resume:
+        raise InputError(f"{args.out} already holds a run: pass --resume to continue it or another --out")
+    holder = [args.out]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+def entry(script: str, parse_args, main) -> None:
+    """Run a script: what the user can mend is one sentence on stderr and exit code 2."""
+    args = parse_args()
+    try:
+        main(args)
+    except InputError as error:
+        print(f"{script}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may be waiting in a collective: an orderly exit would wait for them
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def text_tokens(row: Preset) -> int:
+    return row.clip_length + row.t5_length
+
+
+# ---- networks -----------------------------------------------------------------------------------------------------
+
+def source(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
+    """The tensors of --ckpt or of the preset's file on the hub. Raises InputError when neither can be read."""
+    return checkpoint.open_tensors(checkpoint.find(row.file, args.ckpt, row.repo))
+
+
+def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
+                 adapters: dict[str, int] = {}, checkpointing: bool = False) -> nn.Module:
+    """A sharded denoiser with the checkpoint's weights: float32 when trained, else in the precision of the computation.
+    adapters: name -> rank, on a frozen base. Raises InputError when the file holds another architecture than the preset's."""
+    compute = DTYPES[args.precision]
+    config = row.config
+    if not args.random_weights:
+        tensors = source(args, row).group(DENOISER)
+        config = config_from_shapes(tensors.shapes)
+        wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config if config[key] != row.config[key]]
+        if wrong:
+            raise InputError(f"{tensors.path} is not {args.model}: {', '.join(wrong[:3])}")
+    with torch.device("meta"):
+        net = MMDiT(**config).to(torch.float32 if trainable else compute)
+    net.requires_grad_(trainable)
+    for name, rank in adapters.items():
+        lora.add_lora(net, name, rank)
+    shard(net, mesh, compute, args.offload, checkpointing)
+    materialise(net, device, args.offload)
+    if args.random_weights:
+        fill_random(net, args.seed)
+    else:
+        load_sharded(net, tensors)
+    for i, name in enumerate(adapters):
+        lora.init_lora(net, name, seed=i)
+    return net
+
+
+def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3Text:
+    """The sharded text encoders: from --text-ckpt, the denoiser's single file, the files beside it, or the hub."""
+    single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
+    if args.text_ckpt:
+        beside = [args.text_ckpt]
+    elif any(name.startswith("text_encoders.clip_l.") for name in checkpoint.open_tensors(single).shapes):
+        beside = [single]
+    else:
+        wanted = row.text_files[:2] if args.no_t5 else row.text_files
+        local = [single.parent / name for name in wanted] if args.ckpt else []
+        beside = local if local and all(path.exists() for path in local) else [checkpoint.find(f, None, row.repo) for f in wanted]
+    parts = text_parts(*beside)
+    if args.no_t5:
+        parts.pop("t5", None)
+    elif "t5" not in parts:
+        raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors in it, or --no-t5")
+    text = SD3Text(parts, load_tokenizers(args.tokenizers), row.t5_length, row.config["context_dim"], device=device)
+    shard(text.to(DTYPES[args.precision]), mesh, DTYPES[args.precision], args.offload)
+    materialise(text, device, args.offload)
+    return text.load(parts, load_sharded)
+
+
+def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL:
+    """The whole VAE on every rank, float32: it is small, and its float16 form overflows on some images."""
+    tensors = source(args, row).group("first_stage_model.")
+    with torch.device("meta"):
+        vae = AutoencoderKL(**vae_config(tensors.shapes), shift=row.vae_shift, scale=row.vae_scale, groups=row.vae_groups)
+    checkpoint.load(vae, tensors)
+    return vae.requires_grad_(False).to(device)
+
+
+def init_heads(D_tau: Discriminator, args, mesh: DeviceMesh, device: torch.device) -> Discriminator:
+    """The discriminator's heads with the same initial values on any number of ranks, sharded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        for module in D_tau.heads.modules():
+            if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+                module.reset_parameters()
+    D_tau.to("cpu" if args.offload else device)
+    return shard(D_tau, mesh, DTYPES[args.precision], args.offload)
+
+
+def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what a role trains: its adapter, all of its network, or the discriminator's heads."""
+    if isinstance(role, Discriminator):
+        return dict(role.named_parameters())
+    suffixes = tuple(f".lora_{side}.{name}" for name in role.lora for side in "AB")
+    return {name: p for name, p in role.net.named_parameters() if not suffixes or name.endswith(suffixes)}
+
+
+def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> None:
+    """Count the samples that each role's network and the discriminator's backbone evaluate, recomputation not included."""
+    for net in {id(role.net): role.net for role in roles.values()}.values():
+        def hook(_, positional, named, net=net):
+            owner = [name for name, role in roles.items() if role.net is net and role.lora == named.get("lora", ())]
+            counts["D_tau features" if named.get("taps") else owner[0]] += len(positional[0])
+        net.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def health(history) -> str:
+    """One line about the last iterations: what a person would look for in the curves."""
+    rows = [row for row in history if "margin" in row]
+    if not rows:
+        return "health: no generator update yet"
+    margin = sum(sum(row["margin"]) / len(row["margin"]) for row in rows) / len(rows)
+    hinge = sum(row["loss_tau"] for row in rows) / len(rows)
+    still = [name for name in ("psi", "theta", "tau") if all(row[f"grad_norm_{name}"] == 0 for row in rows)]
+    drift = rows[-1]["x_0_std"] / max(rows[0]["x_0_std"], 1e-12)
+    worries = [f"{name} has no gradient" for name in still]
+    if len(rows) >= 50:
+        worries += ["D cannot tell x_fake from x_real"] * (abs(margin) < 1e-4) + ["D has won: the hinge is at 0"] * (hinge < 0.01)
+    worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(rows)} iterations"] * (not 0.67 < drift < 1.5)
+    return f"margin {margin:+.4f} hinge {hinge:.3f} x_0 {rows[-1]['x_0_mean']:+.3f} +- {rows[-1]['x_0_std']:.3f} " + (
+        "health: " + "; ".join(worries or ["good"]))
+
+
+# ---- the job ------------------------------------------------------------------------------------------------------
+
+class Log:
+    """One iteration's scalars: means over the micro-batches and ranks."""
+
+    def __init__(self):
+        self.sums, self.row = defaultdict(list), {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name].append(value.detach())
+
+    def mean(self, name: str) -> Tensor:
+        return torch.stack(self.sums[name]).mean(0)
+
+    def update(self, role: str, loss: float, norm: float) -> None:
+        self.row |= {f"loss_{role}": loss, f"grad_norm_{role}": norm}
+
+    def close(self, **values) -> None:
+        """Take the mean of everything over the ranks; vectors (the margins) stay lists."""
+        names = [name for name in self.sums if not name.startswith("loss_")]  # losses are in the row already
+        means = [self.mean(name) for name in names]
+        flat = iter(mean_over_ranks([v for m in means for v in m.flatten()]) if means else [])
+        for name, m in zip(names, means):
+            self.row[name] = [next(flat) for _ in m] if m.ndim else next(flat)
+        self.row = values | self.row
+
+    def finite(self) -> bool:
+        return all(math.isfinite(v) for k, v in self.row.items() if k.startswith(("loss_", "grad_norm_")))
+
+
+class Job:
+    """Run folder, prompts, batch cut, log, state and samples of one training run."""
+
+    def __init__(self, script: str, args: argparse.Namespace, row: Preset, mesh: DeviceMesh, device: torch.device):
+        self.args, self.row, self.device = args, row, device
+        self.out = run_folder(args, script)
+        rank, world, M = dist.get_rank(), dist.get_world_size(), args.micro_batch
+        # Global sample indices of this rank's micro-batches. Every draw is a function of them, so the cut does not matter.
+        self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
+                              for k in range(args.batch_size // (world * M))]
+        self.latent_shape = latent_shape(args, row)
+        self.gen_iter = self.global_iter = self.bad = self.skipped = 0
+        self.history = deque(maxlen=100)
+        self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
+        if args.random_weights:
+            self.text = self.vae = None
+        else:
+            if args.prompts is None:
+                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
+            self.prompts = read_prompts(args.prompts)
+            self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
+        self.c_null = self.encode([""], [0])
+
+    def encode(self, prompts: list[str], indices: list[int]) -> Cond:
+        """Conditions of the prompts; with random weights there are no text encoders, so random ones of the same shape."""
+        if self.text is not None:
+            return self.text.encode(prompts)
+        config = self.row.config
+        return Cond(noise((text_tokens(self.row), config["context_dim"]), self.args.seed, 0, "context", indices).to(self.device),
+                    noise((config["pooled_dim"],), self.args.seed, 0, "pooled", indices).to(self.device))
+
+    def conditions(self, global_iter: int, indices: list[int]) -> Cond:
+        """One prompt per global sample index, the same for the fake and the generator update of an iteration.  # [choice]"""
+        if self.text is None:
+            return self.encode([""] * len(indices), indices)
+        first = (global_iter - 1) * self.args.batch_size
+        order = [prompt_index(self.args.seed, first + i, len(self.prompts)) for i in indices]
+        return self.encode([self.prompts[i] for i in order], indices)
+
+    def start(self, roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]], networks: dict[str, Denoiser]) -> None:
+        """Write config.json, or resume; say what is trained. roles: log name -> (named parameters, optimizer)."""
+        self.roles, args = roles, self.args
+        if args.profile:
+            count_evaluations(networks, self.evaluations)
+        for role, (params, opt) in roles.items():
+            stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
+            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; one step cannot move "
+                   f"{100 * stuck / total:.1f} % of them in float32")
+        if args.resume:
+            states = complete_states(self.out / "state")
+            path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
+            if path is None:
+                raise InputError(f"--resume: {self.out} holds no complete state")
+            progress = load_state(path, roles)
+            self.gen_iter, self.global_iter, self.skipped = (progress[k] for k in ("gen_iter", "global_iter", "skipped"))
+            print0(f"resumed {path}: generator update {self.gen_iter}")
+        if is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+            config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
+                          world_size=dist.get_world_size())
+            (self.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
+        self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it", dynamic_ncols=True)
+        self.stop = False
+        signal.signal(signal.SIGTERM, self._request_stop)
+
+    def _request_stop(self, *_) -> None:
+        self.stop = True
+
+    # ---- inside the loop
+
+    def begin(self, global_iter: int) -> Log:
+        self.global_iter = global_iter
+        self.began = self.lap = time.perf_counter()
+        return Log()
+
+    def phase(self, name: str) -> None:
+        """Close a phase of the iteration: with --profile its seconds and peak memory are kept."""
+        if self.args.profile:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+                self.gib[name] = max(self.gib[name], torch.cuda.max_memory_allocated() / 2 ** 30)
+                torch.cuda.reset_peak_memory_stats()
+            self.seconds[name] += time.perf_counter() - self.lap
+            self.lap = time.perf_counter()
+
+    def end(self, log: Log, gen_iter: int) -> bool:
+        """Log the iteration, save and sample when due. True: stop now (SIGTERM, or too many non-finite iterations)."""
+        args, due = self.args, gen_iter > self.gen_iter
+        self.gen_iter = gen_iter
+        self.bad = 0 if log.finite() else self.bad + 1
+        self.skipped += not log.finite()
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
+                  seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
+        self.history.append(log.row)
+        if is_main():
+            append_jsonl(self.out / "metrics.jsonl", log.row)
+        if due:
+            self.bar.update()
+            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {sum(log.row['margin']) / len(log.row['margin']):+.4f}"
+                                     if "margin" in log.row else f"psi {log.row['loss_psi']:.3f}")
+            if gen_iter % 100 == 0:
+                self.bar.write(f"{gen_iter}: {health(self.history)}")
+        stop = any_rank(self.stop) or self.bad >= MAX_BAD
+        if not args.profile and (stop or due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)):
+            progress = dict(gen_iter=gen_iter, global_iter=self.global_iter, skipped=self.skipped)
+            save_state(self.out / "state", self.global_iter, self.roles, progress)
+        if self.bad >= MAX_BAD:
+            raise InputError(f"{MAX_BAD} iterations in a row had a non-finite loss or gradient; state saved in {self.out / 'state'}")
+        return stop
+
+    # ---- pictures, export, closing comparison
+
+    def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
+        return sampling.generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
+                                 batch=2 * self.args.micro_batch)
+
+    def sample_grid(self, G_theta: Denoiser, tn: Tensor) -> None:
+        """samples/XXXXXXXX.png of the generator every --sample-every updates: the same prompts and noise each time."""
+        if self.vae is not None and self.gen_iter % self.args.sample_every == 0:
+            images = self.sample(G_theta, list(self.row.sample_prompts), tn)
+            if is_main():
+                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, columns=4)
+
+    def finish(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
+        """Export the generator, then compare teacher and student; or print the profile."""
+        self.bar.close()
+        if self.args.profile:
+            return self.print_profile()
+        if self.gen_iter < self.args.max_iter:
+            return print0(f"stopped at generator update {self.gen_iter}; continue with --resume --out {self.out}")
+        if self.vae is None:
+            return
+        export(self.args, self.row, G_theta, self.out)
+        if self.args.evaluate:
+            self.compare(F_phi, G_theta, tn)
+
+    def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
+        """Teacher at full steps, teacher at N steps and student at N steps, from the same noise: compare.png, and where the data
+        are procedural the exact figures in comparison.json."""
+        from models import tiny
+        row, args, N = self.row, self.args, len(tn) - 1
+        prompts = tiny.evaluation_prompts(args.evaluate) if row.procedural else list(row.sample_prompts)[:args.evaluate]
+        full = teacher_times(row.teacher_steps, row.shift).to(self.device)
+        lines, figures = [], {}
+        for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {row.teacher_cfg:g}", F_phi, full, row.teacher_cfg),
+                                     (f"teacher, {N} steps, guidance {row.teacher_cfg:g}", F_phi, tn, row.teacher_cfg),
+                                     (f"student, {N} steps", G_theta, tn, None)):
+            images = self.sample(F, prompts, times, cfg)
+            lines.append((label, images[:12]))
+            if row.procedural:
+                figures[label] = tiny.evaluate(images, prompts)
+        if is_main():
+            save_rows(self.out / "compare.png", lines)
+            for label, values in figures.items():
+                print(f"{label:34}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
+            if figures:
+                (self.out / "comparison.json").write_text(json.dumps(figures, indent=1))
+            print(f"pictures: {self.out / 'compare.png'}, generator: {self.out}", flush=True)
+
+    def print_profile(self) -> None:
+        samples = self.args.max_iter * sum(len(m) for m in self.micro_batches)
+        for name, seconds in self.seconds.items():
+            print0(f"{name:14} {seconds / self.args.max_iter:8.3f} s/it" + (f"  peak {self.gib[name]:6.2f} GiB" if self.gib else ""))
+        print0(f"{'iteration':14} {sum(self.seconds.values()) / self.args.max_iter:8.3f} s/it  peak "
+               f"{max(row['gib'] for row in self.history):6.2f} GiB (rank 0{', host memory' * (self.device.type == 'cpu')})")
+        print0("network evaluations per sample and iteration: "
+               + ", ".join(f"{name} {count / samples:.2f}" for name, count in self.evaluations.items()))
+
+
+def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
+    """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all weights in the original
+    single-file layout with the checkpoint's other groups (VAE, text encoders) unchanged."""
+    metadata = {"steps": str(args.steps), "shift": str(row.shift), "model": args.model}
+    if G_theta.lora:
+        lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)
+        lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, G_theta.lora[0], metadata)
+        return
+    named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
+    weights = {DENOISER + name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named) if is_main()}
+    if is_main():
+        tensors = source(args, row)
+        others = {name: tensors[name] for name in tensors.shapes if not name.startswith(DENOISER)}
+        checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)

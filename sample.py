@@ -1,0 +1,81 @@
+"""Pictures from a teacher, an exported generator, a LoRA file or a run folder.
+
+    python sample.py                                                        # the embedded tiny-sd3 teacher
+    python sample.py --ckpt runs/adm-tiny-sd3-000                           # the student of a run, at its own N steps
+    python sample.py --model sd3-medium --ckpt sd3_medium.safetensors --lora generator_lora.safetensors --prompt "a red fox"
+
+Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png. A file that this project exported says
+how many steps it was trained for; then the generator's schedule is used without guidance. Everything else is sampled as a teacher: Euler
+steps on the original's schedule with guidance.
+"""
+import argparse
+import json
+from pathlib import Path
+
+from models import lora, run, sampling
+from models.checkpoint import InputError, open_tensors
+from models.data import read_prompts, save_grid, save_png
+from models.diffusion import Denoiser, generator_times, teacher_times
+from models.parallel import init_distributed, is_main, print0
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run.model_flags(parser)
+    add = parser.add_argument
+    add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into the weights")
+    add("--lora-scale", type=float, default=1.0)
+    add("--prompt", help="one prompt")
+    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; default: a dozen of our own")
+    add("--count", type=int, help="number of pictures; prompts repeat with other noise. Default: one a prompt")
+    add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
+    add("--cfg", type=float, help="guidance scale; 1 is none. Default: none for a generator, the preset's for a teacher")
+    add("--batch", type=int, default=4, help="pictures per forward")
+    add("--out", type=Path, default=Path("samples"))
+    return parser.parse_args(argv)
+
+
+def from_run_folder(args) -> None:
+    """Replace --ckpt RUN by what the run exported: its single file, or its base checkpoint and adapter."""
+    trained = json.loads((args.ckpt / "config.json").read_text())["args"]
+    folder, args.model = args.ckpt, trained["model"]
+    if (folder / "generator.safetensors").exists():
+        args.ckpt = folder / "generator.safetensors"
+    elif (folder / "generator_lora.safetensors").exists():
+        args.lora = folder / "generator_lora.safetensors"
+        args.ckpt = Path(trained["ckpt"]) if trained["ckpt"] not in (None, "None") else None
+    else:
+        raise InputError(f"{folder} has no exported generator yet: let the run end, or continue it with --resume")
+
+
+def main(args):
+    device, mesh = init_distributed(args.shard_ranks)
+    if args.ckpt and (args.ckpt / "config.json").exists():
+        from_run_folder(args)
+    row = run.resolve_model(args)
+    net = run.load_network(args, row, mesh, device)
+    metadata = run.source(args, row).metadata
+    if args.lora:
+        tensors = open_tensors(args.lora)
+        lora.merge_lora(net, lora.read_lora(tensors, net), args.lora_scale)
+        metadata = metadata | tensors.metadata
+    student = "steps" in metadata
+    steps = args.steps or int(metadata.get("steps", row.teacher_steps))
+    tn = (generator_times if student else teacher_times)(steps, row.shift).to(device)
+    cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
+
+    prompts = [args.prompt] if args.prompt else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
+    prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
+    text, vae = run.load_text(args, row, mesh, device), run.load_vae(args, row, device)
+    F = Denoiser(net, row.predicts, row.schedule)
+    images = sampling.generate(F, text, vae, prompts, tn, run.latent_shape(args, row), args.seed, None if cfg == 1 else cfg, args.batch)
+    if is_main():
+        for i, (image, prompt) in enumerate(zip(images, prompts)):
+            save_png(args.out / f"{i:03d}.png", image, dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps),
+                                                            cfg=f"{cfg:g}", model=args.model))
+        save_grid(args.out / "grid.png", images, columns=4)
+    print0(f"{len(prompts)} pictures, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    run.entry("sample.py", parse_args, main)
