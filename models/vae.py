@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint as recompute
 
+from models.checkpoint import InputError
+
 
 class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int):
@@ -165,10 +167,10 @@ class AutoencoderKL(nn.Module):
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
     """Constructor arguments but shift, scale and groups from the shapes of a checkpoint (prefix stripped).
 
-    ValueError where the names are not those of an autoencoder in the original layout.
+    Raises InputError where the names are not those of an autoencoder in the original layout.
     """
     if "encoder.down.0.block.0.conv1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
-        raise ValueError("no VAE in the original layout: expected encoder.down.0.block.0.conv1.weight, ..., "
+        raise InputError("no VAE in the original layout: expected encoder.down.0.block.0.conv1.weight, ..., "
                          f"found {', '.join(sorted(shapes)[:3]) or 'nothing'}")
     ch = shapes["encoder.conv_in.weight"][0]
     first = {name.split(".")[2]: shape[0] for name, shape in shapes.items()

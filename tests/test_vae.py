@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN, golden, read_golden
 
+from models.checkpoint import InputError
 from models.vae import AutoencoderKL, config_from_shapes
 
 # The references differ from their own float64 runs by less than 1.5e-5; a wrong padding or eps by over 1e-2.
@@ -146,5 +147,5 @@ def test_errors():
     vae = AutoencoderKL(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=4, shift=0.0, scale=1.0)
     with pytest.raises(ValueError, match="multiple of 2"):
         vae.encode(torch.zeros(1, 3, 8, 7))
-    with pytest.raises(ValueError, match="encoder.down_blocks"):
+    with pytest.raises(InputError, match="encoder.down_blocks"):
         config_from_shapes({"encoder.down_blocks.0.resnets.0.norm1.weight": (32,)})

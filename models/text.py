@@ -1,0 +1,241 @@
+"""SD3's text encoders (CLIP-L, CLIP-G, T5 v1.1) through transformers, and the conditioning made of them.
+
+Each encoder keeps the tensor names of the original files: `text_encoders.<clip_l|clip_g|t5xxl>.transformer.*`
+inside a single file, without that prefix in the encoders' own files and in a diffusers-layout folder.
+
+    parts = text_parts("sd3_medium_incl_clips_t5xxlfp16.safetensors")
+    text = SD3Text(parts, load_tokenizers("stabilityai/stable-diffusion-3-medium-diffusers"))
+    context, pooled = text.load(parts).encode(["a red fox"])
+
+The unconditional of guidance is the encoded empty prompt, `encode([""])`.
+Letters: B prompts, L tokens, D width of the context, P width of the pooled vector.
+"""
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from models import checkpoint
+from models.checkpoint import InputError, Tensors, open_shards, open_tensors
+
+# Attribute of SD3Text -> name in the original files, folder in the diffusers layout.
+FILES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
+FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
+# What files hold and the networks do not: SD3 pools CLIP-L unprojected, and T5's embedding is stored twice.
+EXTRAS = {
+    "clip_l": ("text_projection.weight", "logit_scale", "*position_ids"),
+    "clip_g": ("logit_scale", "*position_ids"),
+    "t5": ("encoder.embed_tokens.weight", "scaled_fp8"),
+}
+T5_MINIMUM = 77  # tokens that the original pads T5 to
+
+
+class Cond(NamedTuple):
+    context: Tensor  # B L D
+    pooled: Tensor  # B P
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+def text_parts(*paths: str | Path) -> dict[str, Tensors]:
+    """The encoders in these paths, "clip_l", "clip_g", "t5" -> tensors; a later path replaces an earlier one.
+
+    A path is a single file with text_encoders.* groups, one encoder's file (clip_l*, clip_g*, t5xxl*), a
+    folder of those (of two T5 files the float16 one), or a diffusers-layout folder.
+    Raises InputError for a path without any."""
+    parts = {}
+    for path in map(Path, paths):
+        found = folder_parts(path) if path.is_dir() else file_parts(path)
+        if not found:
+            raise InputError(f"{path}: no text encoders; expected text_encoders.clip_l.transformer.* in a "
+                             "file, clip_l.safetensors, clip_g.safetensors and t5xxl_fp16.safetensors in a "
+                             "folder, or text_encoder/, text_encoder_2/ and text_encoder_3/")
+        parts |= found
+    return parts
+
+
+def file_parts(path: Path) -> dict[str, Tensors]:
+    tensors = open_tensors(path)
+    prefixes = {name: f"text_encoders.{file}.transformer." for name, file in FILES.items()}
+    groups = {name: tensors.group(prefix) for name, prefix in prefixes.items()
+              if any(key.startswith(prefix) for key in tensors)}
+    return groups or {name: tensors for name, file in FILES.items() if path.name.startswith(file)}
+
+
+def folder_parts(folder: Path) -> dict[str, Tensors]:
+    hub = {name: folder / inside for name, inside in FOLDERS.items() if (folder / inside).is_dir()}
+    if hub:
+        return {name: hub_tensors(inside) for name, inside in hub.items()}
+    folder = folder / "text_encoders" if (folder / "text_encoders").is_dir() else folder
+    files = {name: sorted(folder.glob(f"{file}*.safetensors")) for name, file in FILES.items()}
+    return {name: open_tensors(found[0]) for name, found in files.items() if found}
+
+
+def hub_tensors(folder: Path) -> Tensors:
+    """A complete download holds the weights twice, once more as `fp16`."""
+    for name in ("model.safetensors", "model.safetensors.index.json", "model.fp16.safetensors"):
+        if (folder / name).is_file():
+            return open_tensors(folder / name)
+    half = folder / "model.safetensors.index.fp16.json"
+    return open_shards(half) if half.is_file() else open_tensors(folder)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+def load_tokenizers(source: str | Path) -> tuple:
+    """(CLIP's tokenizer, T5's or None) from tokenizer/ and tokenizer_3/ of a folder or a hub repository.
+
+    tokenizer_2/ is not used: it has the vocabulary of tokenizer/, but takes every "!" in a prompt for its
+    padding token, which the original does not.  # [choice]
+    Raises InputError for a folder without tokenizer/, damaged files, a failed download."""
+    folder = Path(source)
+    names = [name for name in ("tokenizer", "tokenizer_3") if not folder.is_dir() or (folder / name).is_dir()]
+    expected = "expected a folder with tokenizer/ and tokenizer_3/, as in a diffusers-layout download"
+    if "tokenizer" not in names:
+        raise InputError(f"{source}: {expected}")
+    try:
+        tokenizers = [AutoTokenizer.from_pretrained(str(source), subfolder=name) for name in names]
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: no tokenizers ({reason}); {expected}") from error
+    return tokenizers[0], tokenizers[1] if len(tokenizers) > 1 else None
+
+
+def pad_ids(rows: list[list[int]], length: int, value: int) -> Tensor:
+    """Token ids (B length), each row filled up on the right."""
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+# ---- encoders ----------------------------------------------------------------------------------------------
+
+def shapes_of(tensors: Tensors, kind: str, names: list[str]) -> list[tuple]:
+    missing = [tensors.prefix + name for name in names if name not in tensors]
+    if missing:
+        raise InputError(f"{tensors.path}: expected {kind}, but {missing[0]} is missing")
+    return [tensors.shapes[name] for name in names]
+
+
+def clip_encoder(tensors: Tensors, activation: str, projected: bool, heads: int | None) -> nn.Module:
+    names = ["embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"]
+    (vocabulary, width), (window, _), (hidden, _) = shapes_of(
+        tensors, "a CLIP text encoder", [f"text_model.{name}.weight" for name in names])
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=vocabulary, max_position_embeddings=window, hidden_size=width, intermediate_size=hidden,
+        num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in tensors),
+        num_attention_heads=heads or max(1, width // 64), hidden_act=activation,
+        projection_dim=tensors.shapes.get("text_projection.weight", (width,))[0],
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1))
+    if not projected:
+        clip.text_projection = nn.Identity()
+    del clip.text_model.embeddings.position_ids  # a buffer that no file fills; `run_clip` has its own
+    return clip
+
+
+def t5_encoder(tensors: Tensors) -> nn.Module:
+    attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    names = ["shared", f"{attention}.relative_attention_bias", f"{attention}.q", f"{feed}.wi_0"]
+    (vocabulary, width), (buckets, heads), (inner, _), (hidden, _) = shapes_of(
+        tensors, "a T5 v1.1 encoder", [f"{name}.weight" for name in names])
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_heads=heads,
+        num_layers=sum(name.endswith(".layer.0.layer_norm.weight") for name in tensors),
+        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    t5.encoder.embed_tokens = None  # tied to `shared`; sharding would untie it
+    return t5
+
+
+def run_clip(clip: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(last layer but one without final norm (B 77 width), pooled (B P))."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    out = clip(input_ids=ids, position_ids=positions, output_hidden_states=True)
+    end = ids.argmax(dim=1)  # the end token has the largest id, and argmax finds the first of them
+    pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), end]
+    return out.hidden_states[-2], clip.text_projection(pooled)
+
+
+class SD3Text(nn.Module):
+    """Prompts -> Cond. Built on `meta` from the shapes in `parts`, filled by `load`, sharded between the two.
+
+    Without "t5" in `parts` its `t5_length` tokens are zeros of width `context_dim`, as in diffusers.
+    `t5_length` 77 is the original's rule: pad to at least 77 and never truncate, so that a batch is as long
+    as its longest prompt. Any other length is exact, as diffusers has it with 256. Nothing is masked, so
+    another length is another conditioning. CLIP takes the first 75 tokens, as in diffusers; the original
+    differs only by dropping parentheses and in words that straddle the 75th token.
+    `heads`: {"clip_l": n, "clip_g": n} where a head is not 64 wide. `device` is where the token ids go.
+    Raises InputError for a missing CLIP, another architecture, tokenizers of another vocabulary."""
+
+    def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None,
+                 t5_length: int = T5_MINIMUM, context_dim: int = 4096, heads: dict[str, int] = {},
+                 device: torch.device | str = "cpu"):
+        super().__init__()
+        self.tokenizers, self.t5_length, self.device = tokenizers, t5_length, device
+        given = ", ".join(dict.fromkeys(str(tensors.path) for tensors in parts.values())) or "no file"
+        absent = [name for name in ("clip_l", "clip_g") if name not in parts]
+        if absent:
+            raise InputError(f"{given}: {' and '.join(absent)} missing; expected both CLIP encoders")
+        with torch.device("meta"):
+            self.clip_l = clip_encoder(parts["clip_l"], "quick_gelu", False, heads.get("clip_l"))
+            self.clip_g = clip_encoder(parts["clip_g"], "gelu", True, heads.get("clip_g"))
+            self.t5 = t5_encoder(parts["t5"]) if "t5" in parts else None
+        self.requires_grad_(False).eval()
+        self.window = self.clip_l.config.max_position_embeddings
+        self.context_dim = self.t5.config.d_model if self.t5 else context_dim
+        clip_width = self.clip_l.config.hidden_size + self.clip_g.config.hidden_size
+        if clip_width > self.context_dim:
+            raise InputError(f"{given}: CLIP-L and CLIP-G are {clip_width} wide together; expected at most "
+                             f"{self.context_dim}, the width of the context")
+        for tokenizer, net in zip(tokenizers or (), (self.clip_l, self.t5)):
+            if tokenizer and net and len(tokenizer) > net.config.vocab_size:
+                raise InputError(f"{tokenizer.name_or_path}: a tokenizer of {len(tokenizer)} tokens; "
+                                 f"expected at most {net.config.vocab_size}, as in {given}")
+
+    def blocks(self) -> list[nn.Module]:
+        t5 = list(self.t5.encoder.block) if self.t5 else []
+        return [*self.clip_l.text_model.encoder.layers, *self.clip_g.text_model.encoder.layers, *t5]
+
+    def load(self, parts: dict[str, Tensors], fill: Callable = checkpoint.load) -> "SD3Text":
+        """Fill every encoder by `fill(net, tensors, ignore=patterns)`: sharded by `parallel.load_sharded`.
+
+        Raises InputError for missing, extra and mis-shaped tensors."""
+        for name in FILES:
+            if getattr(self, name) is not None:
+                fill(getattr(self, name), parts[name], ignore=EXTRAS[name])
+        return self
+
+    def forward(self, l_ids: Tensor, g_ids: Tensor, t5_ids: Tensor) -> Cond:
+        l_states, l_pooled = run_clip(self.clip_l, l_ids)
+        g_states, g_pooled = run_clip(self.clip_g, g_ids)
+        clip = torch.cat([l_states, g_states], dim=-1)
+        clip = pad(clip, (0, self.context_dim - clip.shape[-1]))  # B 77 D
+        if self.t5 is None:
+            t5 = clip.new_zeros(*t5_ids.shape, self.context_dim)
+        else:  # no mask: padding attends and is attended to
+            t5 = self.t5(inputs_embeds=self.t5.shared(t5_ids)).last_hidden_state  # B L D
+        return Cond(torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=-1))
+
+    @torch.no_grad()
+    def encode_ids(self, l_ids: Tensor, g_ids: Tensor, t5_ids: Tensor) -> Cond:
+        """Ids (B 77), (B 77), (B L) -> context (B 77+L D) and pooled (B P), float32."""
+        context, pooled = self(*(ids.to(self.device) for ids in (l_ids, g_ids, t5_ids)))
+        return Cond(context.float(), pooled.float())
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts -> context (B 77+L D) and pooled (B P), float32. Raises InputError without tokenizers."""
+        return self.encode_ids(*self.tokenize(prompts))
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids for CLIP-L (padded with the end token), CLIP-G (padded with 0) and T5 (padded with 0)."""
+        clip, t5 = self.tokenizers or (None, None)
+        if clip is None or self.t5 and t5 is None:
+            raise InputError("no tokenizers: expected a folder with tokenizer/ and, for T5, tokenizer_3/")
+        rows = clip(prompts, truncation=True, max_length=self.window).input_ids
+        l_ids, g_ids = (pad_ids(rows, self.window, value) for value in (clip.eos_token_id, 0))
+        if self.t5 is None:
+            return l_ids, g_ids, torch.zeros(len(prompts), self.t5_length, dtype=torch.long)
+        exact = {} if self.t5_length == T5_MINIMUM else dict(truncation=True, max_length=self.t5_length)
+        rows = t5(prompts, **exact).input_ids
+        return l_ids, g_ids, pad_ids(rows, max(self.t5_length, *map(len, rows)), 0)
