@@ -98,6 +98,12 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     return fully_shard(net, **options)
 
 
+def settle(net: nn.Module) -> None:
+    """Have FSDP initialise now and not at the first forward, where parameters that are frozen for a phase would count as never
+    trained and have their gradients reduced in bf16."""
+    net._get_fsdp_state()._lazy_init()
+
+
 def local_rows(p: Tensor) -> tuple[Tensor, int]:
     """This rank's part of a parameter and its first row in the whole; a plain tensor is its own part."""
     if not isinstance(p, DTensor):
@@ -107,8 +113,11 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
 
 
 def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> None:
-    """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers always on the device."""
+    """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers always on the device.
+
+    Whatever will be trained must require its gradient now: FSDP settles here in which dtype gradients are reduced."""
     net.to_empty(device="cpu" if offload else device)
+    settle(net)
     for module in net.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -186,7 +195,8 @@ def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
     local = [local_rows(p)[0] for p in params]
     counts = torch.tensor([sum(((p - lr) == p).sum().item() for p in local), sum(p.numel() for p in local)])
     dist.all_reduce(counts)
-    return counts[0].item(), counts[1].item()
+    copies = counts[1].item() // sum(p.numel() for p in params)  # under HSDP
+    return counts[0].item() // copies, counts[1].item() // copies
 
 
 # ---- save and resume ----------------------------------------------------------------------------------------------

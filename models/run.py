@@ -28,7 +28,7 @@ from models.diffusion import Denoiser, teacher_times
 from models.discriminator import Discriminator
 from models.mmdit import MMDiT, config_from_shapes
 from models.parallel import (any_rank, complete_states, count_stuck, fill_random, full_tensors, is_main, load_sharded, load_state,
-                             materialise, mean_over_ranks, print0, save_state, shard)
+                             materialise, mean_over_ranks, print0, save_state, settle, shard)
 from models.presets import PRESETS, Preset
 from models.text import Cond, SD3Text, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
@@ -214,7 +214,9 @@ def init_heads(D_tau: Discriminator, args, mesh: DeviceMesh, device: torch.devic
             if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
                 module.reset_parameters()
     D_tau.to("cpu" if args.offload else device)
-    return shard(D_tau, mesh, DTYPES[args.precision], args.offload)
+    shard(D_tau, mesh, DTYPES[args.precision], args.offload)
+    settle(D_tau)
+    return D_tau
 
 
 def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:

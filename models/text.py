@@ -161,15 +161,15 @@ class SD3Text(nn.Module):
     """Prompts -> Cond. Built on `meta` from the shapes in `parts`, filled by `load`, sharded between the two.
 
     Without "t5" in `parts` its `t5_length` tokens are zeros of width `context_dim`, as in diffusers.
-    `t5_length` 77 is the original's rule: pad to at least 77 and never truncate, so that a batch is as long
-    as its longest prompt. Any other length is exact, as diffusers has it with 256. Nothing is masked, so
-    another length is another conditioning. CLIP takes the first 75 tokens, as in diffusers; the original
+    `t5_length` is exact, 256 in diffusers: every condition has one shape, and guidance and batches can mix them.
+    None is the original's own rule: pad to at least 77 and never truncate, so that a batch is as long as its
+    longest prompt. Nothing is masked, so another length is another conditioning. CLIP takes the first 75 tokens, as in diffusers; the original
     differs only by dropping parentheses and in words that straddle the 75th token.
     `heads`: {"clip_l": n, "clip_g": n} where a head is not 64 wide. `device` is where the token ids go.
     Raises InputError for a missing CLIP, another architecture, tokenizers of another vocabulary."""
 
     def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None,
-                 t5_length: int = T5_MINIMUM, context_dim: int = 4096, heads: dict[str, int] = {},
+                 t5_length: int | None = None, context_dim: int = 4096, heads: dict[str, int] = {},
                  device: torch.device | str = "cpu"):
         super().__init__()
         self.tokenizers, self.t5_length, self.device = tokenizers, t5_length, device
@@ -235,7 +235,7 @@ class SD3Text(nn.Module):
         rows = clip(prompts, truncation=True, max_length=self.window).input_ids
         l_ids, g_ids = (pad_ids(rows, self.window, value) for value in (clip.eos_token_id, 0))
         if self.t5 is None:
-            return l_ids, g_ids, torch.zeros(len(prompts), self.t5_length, dtype=torch.long)
-        exact = {} if self.t5_length == T5_MINIMUM else dict(truncation=True, max_length=self.t5_length)
+            return l_ids, g_ids, torch.zeros(len(prompts), self.t5_length or T5_MINIMUM, dtype=torch.long)
+        exact = dict(truncation=True, max_length=self.t5_length) if self.t5_length else {}
         rows = t5(prompts, **exact).input_ids
-        return l_ids, g_ids, pad_ids(rows, max(self.t5_length, *map(len, rows)), 0)
+        return l_ids, g_ids, pad_ids(rows, self.t5_length or max(T5_MINIMUM, *map(len, rows)), 0)

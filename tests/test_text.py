@@ -216,12 +216,12 @@ def test_tokenize(folder, tiny):
     assert t5_ids[1].tolist() == [1] + [0] * 90
 
 
-@pytest.mark.parametrize("length", [77, 256, 12])
+@pytest.mark.parametrize("length", [None, 77, 256, 12])
 def test_t5_length(folder, tiny, length):
     text = SD3Text(text_parts(tiny), load_tokenizers(folder), t5_length=length)
-    assert text.tokenize(["cat"])[2].tolist() == [[4, 1] + [0] * (length - 2)]
+    assert text.tokenize(["cat"])[2].tolist() == [[4, 1] + [0] * ((length or 77) - 2)]
     long = text.tokenize(["cat " * 300, "cat"])[2]
-    if length == 77:  # the original's minimum
+    if length is None:  # the original: at least 77, never truncated
         assert long.shape == (2, 301) and long[0, -1] == 1
     else:
         assert long.shape == (2, length) and long[0, -2:].tolist() == [4, 1] and long[1, 2:].sum() == 0
