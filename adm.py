@@ -122,7 +122,7 @@ def main(args):
             job.phase("discriminator")
             log.add(loss_theta=loss_theta, loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
                     dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real),                                           # Eq. (6), Fig. 3
-                    x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.std())
+                    x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
         log.update("theta", *update(opt_theta, log.mean("loss_theta")))                                  # Alg. 1 l. 22
         gen_iter += 1                                                                                    # Alg. 1 l. 23
         log.update("tau", *update(opt_tau, log.mean("loss_tau")))                                        # Alg. 1 l. 26
