@@ -77,12 +77,16 @@ def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_model(args: argparse.Namespace) -> Preset:
-    """Fill the flags left out from the preset's row. Raises InputError for a size that the model cannot take."""
-    row = PRESETS[args.model]
-    for name, value in vars(args).items():
-        if value is None and name in row._fields:
+def fill(args: argparse.Namespace, row: Preset, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(args, name, 0) is None:
             setattr(args, name, getattr(row, name))
+
+
+def resolve_model(args: argparse.Namespace) -> Preset:
+    """The preset's row, and from it what the model flags leave out. Raises InputError for a size that the model cannot take."""
+    row = PRESETS[args.model]
+    fill(args, row, ("ckpt", "tokenizers", "size"))
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     multiple = row.vae_factor * row.config["patch"]
     largest = row.config["pos_grid"] * multiple
@@ -94,6 +98,7 @@ def resolve_model(args: argparse.Namespace) -> Preset:
 def resolve(args: argparse.Namespace) -> Preset:
     """`resolve_model` and the batch of a training run. Raises InputError for what cannot be cut evenly."""
     row, world = resolve_model(args), dist.get_world_size()
+    fill(args, row, row._fields)
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
     for name in ("steps", "max_iter", "batch_size", "micro_batch", "ttur"):
