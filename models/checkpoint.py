@@ -253,18 +253,16 @@ def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
     `check_names`. A weight that the network has under two names stays one; the file may hold it once."""
     own, names = net.state_dict(keep_vars=True), {}
     for name, p in own.items():
-        names.setdefault(id(p), []).append(name)
-    source = {key: next((name for name in same if name in tensors), same[0]) for key, same in names.items()}
-    expected = {name: tuple(p.shape) for name, p in own.items() if name in tensors or name == source[id(p)]}
+        names.setdefault(p, []).append(name)
+    source = {p: next((name for name in same if name in tensors), same[0]) for p, same in names.items()}
+    expected = {name: tuple(p.shape) for name, p in own.items() if name in tensors or name == source[p]}
     check_names(tensors, expected, ignore)
     filled = {}
-    for p in own.values():
-        if id(p) not in filled:
-            value = tensors[source[id(p)]]
-            value = value.to(dtype) if value.is_floating_point() else value
-            is_parameter = isinstance(p, nn.Parameter)
-            filled[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad) if is_parameter else value
-    net.load_state_dict({name: filled[id(p)] for name, p in own.items()}, assign=True)
+    for p, name in source.items():
+        value = tensors[name]
+        value = value.to(dtype) if value.is_floating_point() else value
+        filled[p] = nn.Parameter(value, p.requires_grad) if isinstance(p, nn.Parameter) else value
+    net.load_state_dict({name: filled[p] for name, p in own.items()}, assign=True)
 
 
 # ---- saving ------------------------------------------------------------------------------------------------

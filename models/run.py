@@ -307,7 +307,8 @@ class Job:
             self.text = self.vae = None
         else:
             if args.prompts is None:
-                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
+                weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)" if args.ckpt is None else ""
+                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv){weights}")
             self.prompts = read_prompts(args.prompts)
             self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
         self.c_null = self.encode([""], [0])

@@ -106,6 +106,12 @@ def test_a_file_larger_than_memory_is_read_by_its_header_and_rows(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
+def test_torch_files_of_parameters_give_plain_tensors(tmp_path):
+    torch.save({"x": nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
+    tensors = open_tensors(tmp_path / "x.pt")
+    assert not tensors["x"].requires_grad and not tensors.rows("x", 0, 1).requires_grad
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
 @pytest.mark.parametrize("wrapped", [None, "state_dict", "module"])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
@@ -348,8 +354,8 @@ def test_a_refused_file_changes_nothing(tmp_path):
 
 def test_save_and_open_again(tmp_path):
     whole = torch.arange(12.0).view(4, 3)
-    tensors = {"whole": whole, "again": whole, "rows": whole[1:3], "columns": whole[:, 1],
-               "half": whole.half(), "scalar": torch.tensor(2.0), "parameter": nn.Parameter(torch.ones(2))}
+    tensors = {"whole": whole, "again": whole, "rows": whole[1:3], "column": whole[:, 1],
+               "turned": torch.randn(2, 3).T, "half": whole.half(), "scalar": torch.tensor(2.0), "parameter": nn.Parameter(torch.ones(2))}
     path = tmp_path / "new" / "folder" / "x.safetensors"
     save_safetensors(path, tensors, {"steps": "4"})
     read = open_tensors(path)

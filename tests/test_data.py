@@ -41,10 +41,10 @@ GOOD = {
     "bom.txt": (b"\xef\xbb\xbfa red fox\r\n", ["a red fox"]),
     "upper.TXT": ("a red fox\n", ["a red fox"]),
     # As in JourneyDB's train_anno_realease_repath.jsonl, where Task2's caption was written by GPT.
-    "journeydb.jsonl": (jsonl({"img_path": "./0/a.jpg", "prompt": "a fox --ar 3:2", "Task2": {"Caption": "No"}},
-                              {"img_path": "./0/b.jpg", "prompt": None},
-                              {"img_path": "./0/c.jpg", "prompt": " "},
-                              {"img_path": "./0/d.jpg", "prompt": "「狐」"}),
+    "journeydb.jsonl": (jsonl({"img_path": "./a.jpg", "prompt": "a fox --ar 3:2", "Task2": {"Caption": "No"}},
+                              {"img_path": "./b.jpg", "prompt": None},
+                              {"img_path": "./c.jpg", "prompt": " "},
+                              {"img_path": "./d.jpg", "prompt": "「狐」"}),
                         ["a fox --ar 3:2", "「狐」"]),
     "bom.jsonl": (b'\xef\xbb\xbf{"text": "a"}\n\n{"caption": "b"}\n', ["a", "b"]),
     "all.jsonl": (jsonl({"text": "no", "caption": "no", "Prompt": "yes"}), ["yes"]),
@@ -56,8 +56,10 @@ GOOD = {
                          'bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings\n'
                          'peace\tAbstract\tBasic\t\n'
                          '"G I G G L E" painted in thick letters\tIllustrations\tWriting & Symbols\t\n'
+                         '"in" and "out"\tIllustrations\tWriting & Symbols\t\n'
                          'Dogs playing poker\tAnimals\tImagination\tDescription of "Dogs Playing Poker"\n',
-                         ["bond", "peace", '"G I G G L E" painted in thick letters', "Dogs playing poker"]),
+                         ["bond", "peace", '"G I G G L E" painted in thick letters', '"in" and "out"',
+                          "Dogs playing poker"]),
     "pandas.tsv": ('id\tText\r\n1\t"a sign that says ""OPEN"""\r\n', ['a sign that says "OPEN"']),
 }
 
