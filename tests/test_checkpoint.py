@@ -355,7 +355,8 @@ def test_a_refused_file_changes_nothing(tmp_path):
 def test_save_and_open_again(tmp_path):
     whole = torch.arange(12.0).view(4, 3)
     tensors = {"whole": whole, "again": whole, "rows": whole[1:3], "column": whole[:, 1],
-               "turned": torch.randn(2, 3).T, "half": whole.half(), "scalar": torch.tensor(2.0), "parameter": nn.Parameter(torch.ones(2))}
+               "turned": torch.randn(2, 3).T, "half": whole.half(), "scalar": torch.tensor(2.0),
+               "parameter": nn.Parameter(torch.ones(2))}
     path = tmp_path / "new" / "folder" / "x.safetensors"
     save_safetensors(path, tensors, {"steps": "4"})
     read = open_tensors(path)
