@@ -36,14 +36,21 @@ def parse_args(argv=None):
 
 
 def from_run_folder(args) -> None:
-    """Replace --ckpt RUN by what the run exported: its single file, or its base checkpoint and adapter."""
-    trained = json.loads((args.ckpt / "config.json").read_text())["args"]
-    folder, args.model = args.ckpt, trained["model"]
+    """Replace --ckpt RUN by what the run exported, its single file or its base and adapter; take over its model flags."""
+    trained = json.loads((args.ckpt / "config.json").read_text()).get("args")
+    if trained is None:
+        return  # some other program's folder
+    folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
+    if base and not trained["text_ckpt"] and (base.parent / "text_encoders").is_dir():
+        trained["text_ckpt"] = base.parent  # where training found them
+    args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
+    args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
+    args.no_t5 = args.no_t5 or trained["no_t5"]
     if (folder / "generator.safetensors").exists():
         args.ckpt = folder / "generator.safetensors"
     elif (folder / "generator_lora.safetensors").exists():
         args.lora = folder / "generator_lora.safetensors"
-        args.ckpt = Path(trained["ckpt"]) if trained["ckpt"] not in (None, "None") else None
+        args.ckpt = base
     else:
         raise InputError(f"{folder} has no exported generator yet: let the run end, or continue it with --resume")
 
@@ -53,6 +60,7 @@ def main(args):
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
     row = run.resolve_model(args)
+    run.at_least_1(args, ("count", "steps", "batch"))
     net = run.load_network(args, row, mesh, device)
     metadata = run.source(args, row).metadata
     if args.lora:
@@ -64,7 +72,7 @@ def main(args):
     tn = (generator_times if student else teacher_times)(steps, row.shift).to(device)
     cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
 
-    prompts = [args.prompt] if args.prompt else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
+    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = run.load_text(args, row, mesh, device), run.load_vae(args, row, device)
     F = Denoiser(net, row.predicts, row.schedule)

@@ -49,7 +49,7 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=int(os.environ["RANK"]),
                                 world_size=world)
     shard_ranks = shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if dist.get_world_size() % shard_ranks:
+    if shard_ranks < 1 or dist.get_world_size() % shard_ranks:
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
     shape = (dist.get_world_size() // shard_ranks, shard_ranks)
     return device, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -242,6 +242,8 @@ def load_state(path: Path, roles: dict) -> dict:
     try:
         progress = json.loads((path / "progress.json").read_text())
         dcp.load(_state(roles), checkpoint_id=path)
-    except Exception as error:  # torch raises its own CheckpointException, which hides the cause on other ranks
-        raise InputError(f"{path}: not a state of this model and these flags, or damaged ({str(error).splitlines()[0]})")
+    except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception, and its first line says nothing
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a state of this model and these flags, or damaged ({reason})") from error
     return progress

@@ -52,6 +52,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
     add("--seed", type=int, default=0)
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 CPU offload)")
+    add("--no-checkpointing", action="store_true", help="keep activations instead of computing them twice")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPUs, fp32 on CPUs")
     add("--random-weights", action="store_true", help="no checkpoint and no text encoders: full-size networks, random weights")
@@ -68,7 +69,6 @@ def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--max-iter", type=int, help="generator updates")
     add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     add("--micro-batch", type=int, help="samples per forward on one rank")
-    add("--no-checkpointing", action="store_true", help="keep activations instead of computing them twice")
     add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")
     add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
@@ -95,15 +95,22 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     return row
 
 
+def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+
+
 def resolve(args: argparse.Namespace) -> Preset:
     """`resolve_model` and the batch of a training run. Raises InputError for what cannot be cut evenly."""
     row, world = resolve_model(args), dist.get_world_size()
     fill(args, row, row._fields)
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
-    for name in ("steps", "max_iter", "batch_size", "micro_batch", "ttur"):
-        if getattr(args, name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    at_least_1(args, ("steps", "max_iter", "batch_size", "micro_batch", "ttur", "save_every", "sample_every"))
+    if args.evaluate < 0 or row.procedural and args.evaluate == 1:
+        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + row.procedural}")
     if args.batch_size % (world * args.micro_batch):
         raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes x --micro-batch {args.micro_batch}")
     return row
@@ -115,7 +122,9 @@ def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, int, int]:
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
     """The folder of this run, the same on every rank: --out, the newest run to resume, or the next free number."""
-    if args.out is None:
+    if args.out is None and args.resume not in (None, "newest"):
+        args.out = Path(args.resume).resolve().parent.parent  # the run that saved this state
+    elif args.out is None:
         runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
         number = int(runs[-1].name[-3:]) if runs else -1
         if args.resume and not runs:
@@ -152,26 +161,36 @@ def source(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
     return checkpoint.open_tensors(checkpoint.find(row.file, args.ckpt, row.repo))
 
 
+def open_denoiser(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
+    """The denoiser's tensors. Raises InputError when the file holds another architecture than the preset's."""
+    tensors = source(args, row).group(DENOISER)
+    try:
+        config = config_from_shapes(tensors.shapes)
+    except (LookupError, ValueError):  # a tensor that tells a size is missing or mis-shaped: named below
+        config = {}
+    wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config if config[key] != row.config[key]]
+    if wrong:
+        raise InputError(f"{tensors.path} is not {args.model}: {', '.join(wrong[:3])}")
+    with torch.device("meta"):
+        expected = MMDiT(**row.config).state_dict()
+    checkpoint.check_names(tensors, {name: tuple(t.shape) for name, t in expected.items()})
+    return tensors
+
+
 def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
-                 adapters: dict[str, int] = {}, checkpointing: bool = False) -> nn.Module:
+                 adapters: dict[str, int] = {}) -> nn.Module:
     """A sharded denoiser with the checkpoint's weights: float32 when trained, else in the precision of the computation.
     adapters: name -> rank, on a frozen base. Raises InputError when the file holds another architecture than the preset's."""
     compute = DTYPES[args.precision]
-    config = row.config
-    if not args.random_weights:
-        tensors = source(args, row).group(DENOISER)
-        config = config_from_shapes(tensors.shapes)
-        wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config if config[key] != row.config[key]]
-        if wrong:
-            raise InputError(f"{tensors.path} is not {args.model}: {', '.join(wrong[:3])}")
+    tensors = None if args.random_weights else open_denoiser(args, row)
     with torch.device("meta"):
-        net = MMDiT(**config).to(torch.float32 if trainable else compute)
+        net = MMDiT(**row.config).to(torch.float32 if trainable else compute)
     net.requires_grad_(trainable)
     for name, rank in adapters.items():
         lora.add_lora(net, name, rank)
-    shard(net, mesh, compute, args.offload, checkpointing)
+    shard(net, mesh, compute, args.offload, checkpointing=not args.no_checkpointing)
     materialise(net, device, args.offload)
-    if args.random_weights:
+    if tensors is None:
         fill_random(net, args.seed)
     else:
         load_sharded(net, tensors)
@@ -185,7 +204,7 @@ def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3T
     single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
     if args.text_ckpt:
         beside = [args.text_ckpt]
-    elif any(name.startswith("text_encoders.clip_l.") for name in checkpoint.open_tensors(single).shapes):
+    elif not row.text_files or any(name.startswith("text_encoders.clip_l.") for name in checkpoint.open_tensors(single).shapes):
         beside = [single]
     else:
         wanted = row.text_files[:2] if args.no_t5 else row.text_files
@@ -205,19 +224,22 @@ def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3T
 def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL:
     """The whole VAE on every rank, float32: it is small, and its float16 form overflows on some images."""
     tensors = source(args, row).group("first_stage_model.")
+    try:
+        config = vae_config(tensors.shapes)
+    except (LookupError, ValueError) as error:
+        raise InputError(f"{tensors.path}: the VAE's architecture cannot be read ({error})") from error
     with torch.device("meta"):
-        vae = AutoencoderKL(**vae_config(tensors.shapes), shift=row.vae_shift, scale=row.vae_scale, groups=row.vae_groups)
+        vae = AutoencoderKL(**config, shift=row.vae_shift, scale=row.vae_scale, groups=row.vae_groups)
     checkpoint.load(vae, tensors)
     return vae.requires_grad_(False).to(device)
 
 
-def init_heads(D_tau: Discriminator, args, mesh: DeviceMesh, device: torch.device) -> Discriminator:
-    """The discriminator's heads with the same initial values on any number of ranks, sharded."""
+def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh, device: torch.device) -> Discriminator:
+    """D_tau on F_phi's own module, its heads sharded, with the same initial values on any number of ranks."""
+    taps = F_phi.net.tap_shapes(*latent_shape(args, row)[-2:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        for module in D_tau.heads.modules():
-            if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
-                module.reset_parameters()
+        D_tau = Discriminator(F_phi, tuple(taps), list(taps.values()), row.head_width)
     D_tau.to("cpu" if args.offload else device)
     shard(D_tau, mesh, DTYPES[args.precision], args.offload)
     settle(D_tau)
@@ -310,6 +332,7 @@ class Job:
                 weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)" if args.ckpt is None else ""
                 raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv){weights}")
             self.prompts = read_prompts(args.prompts)
+            open_denoiser(args, row)  # a wrong file is refused before the text encoders, a long download, are asked for
             self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
         self.c_null = self.encode([""], [0])
 
@@ -321,19 +344,17 @@ class Job:
         return Cond(noise((text_tokens(self.row), config["context_dim"]), self.args.seed, 0, "context", indices).to(self.device),
                     noise((config["pooled_dim"],), self.args.seed, 0, "pooled", indices).to(self.device))
 
-    def conditions(self, global_iter: int, indices: list[int]) -> Cond:
+    def conditions(self, indices: list[int]) -> Cond:
         """One prompt per global sample index, the same for the fake and the generator update of an iteration.  # [choice]"""
         if self.text is None:
             return self.encode([""] * len(indices), indices)
-        first = (global_iter - 1) * self.args.batch_size
+        first = (self.global_iter - 1) * self.args.batch_size
         order = [prompt_index(self.args.seed, first + i, len(self.prompts)) for i in indices]
         return self.encode([self.prompts[i] for i in order], indices)
 
-    def start(self, roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]], networks: dict[str, Denoiser]) -> None:
+    def start(self, **roles: tuple[dict[str, nn.Parameter], torch.optim.Optimizer]) -> None:
         """Write config.json, or resume; say what is trained. roles: log name -> (named parameters, optimizer)."""
         self.roles, args = roles, self.args
-        if args.profile:
-            count_evaluations(networks, self.evaluations)
         for role, (params, opt) in roles.items():
             stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
             print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; one step cannot move "
@@ -343,6 +364,7 @@ class Job:
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
             if path is None:
                 raise InputError(f"--resume: {self.out} holds no complete state")
+            self.say_what_changed()
             progress = load_state(path, roles)
             self.gen_iter, self.global_iter, self.skipped = (progress[k] for k in ("gen_iter", "global_iter", "skipped"))
             print0(f"resumed {path}: generator update {self.gen_iter}")
@@ -356,6 +378,16 @@ class Job:
         self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it", dynamic_ncols=True)
         self.stop = False
         signal.signal(signal.SIGTERM, self._request_stop)
+
+    def say_what_changed(self) -> None:
+        """A flag forgotten on the command line of --resume would otherwise change the run unnoticed."""
+        if (self.out / "config.json").exists():
+            before = json.loads((self.out / "config.json").read_text())["args"]
+            now = json.loads(json.dumps(vars(self.args), default=str))
+            changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+                       if name not in ("out", "resume", "max_iter") and now.get(name, value) != value]
+            if changed:
+                print0(f"changed since this run was last started: {', '.join(changed)}")
 
     def _request_stop(self, *_) -> None:
         self.stop = True
@@ -434,7 +466,8 @@ class Job:
         are procedural the exact figures in comparison.json."""
         from models import tiny
         row, args, N = self.row, self.args, len(tn) - 1
-        prompts = tiny.evaluation_prompts(args.evaluate) if row.procedural else list(row.sample_prompts)[:args.evaluate]
+        exact = row.procedural and tuple(args.size) == row.size
+        prompts = tiny.evaluation_prompts(args.evaluate) if exact else list(row.sample_prompts)[:args.evaluate]
         full = teacher_times(row.teacher_steps, row.shift).to(self.device)
         lines, figures = [], {}
         for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {row.teacher_cfg:g}", F_phi, full, row.teacher_cfg),
@@ -442,7 +475,7 @@ class Job:
                                      (f"student, {N} steps", G_theta, tn, None)):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
-            if row.procedural:
+            if exact:
                 figures[label] = tiny.evaluate(images, prompts)
         if is_main():
             save_rows(self.out / "compare.png", lines)
