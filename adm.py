@@ -1,14 +1,15 @@
 """Adversarial Distribution Matching, Algorithm 1 (Sec. 4.1): a many-step teacher becomes an N-step generator.
 
-    python adm.py                                                             # embedded tiny-sd3, minutes on two CPU cores
-    torchrun --nproc_per_node 8 adm.py --model sd3-medium --prompts FILE      # Table 2; every flag: python adm.py --help
+    python adm.py                                                         # embedded tiny-sd3, two CPU cores
+    torchrun --nproc_per_node 8 adm.py --model sd3-medium --prompts FILE  # Table 2; all flags: --help
 
-Reads a checkpoint in its original layout and a prompt file; writes runs/adm-MODEL-NNN/ with config.json, metrics.jsonl, sample
-grids, the resumable state and the exported generator.
+Reads a checkpoint in its original layout and a prompt file; writes runs/adm-MODEL-NNN/ with config.json,
+metrics.jsonl, sample grids, the resumable state and the exported generator.
 
-F_phi teacher   f_psi fake score estimator   G_theta generator   D_tau discriminator   tn[n] = t_n, tn[0] = 0, tn[N] = T = 1
-z, z_hat, z_f, z_g noises   x_hat_0 generated sample   x_t its diffusion to t   s = t - dt   c prompt   w guidance scale
-Shapes: latents B C H W, times and scales B. Comments cite Algorithm 1 ("Alg. 1 l. 17") and the paper's equations.
+F_phi teacher          f_psi fake score estimator   G_theta generator       D_tau discriminator
+z, z_hat, z_f, z_g noises   x_hat_0 generated       x_t diffused to t       s = t - dt
+c prompt, c_null empty one  w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
+Shapes: latents B C H W, times and scales B. Comments cite Algorithm 1 ("Alg. 1 l. 17") and the equations.
 """
 from dataclasses import replace
 from functools import partial
@@ -19,21 +20,21 @@ from torch.nn.functional import mse_loss, relu
 from models import run
 from models.data import noise, uniform
 from models.diffusion import Denoiser, delta_t, dmd_loss, generator_times, ode_step, q, random_time, solve, target
-from models.discriminator import Discriminator
 from models.parallel import adamw, init_distributed, set_trainable, update
 
 
 def parse_args(argv=None):
     parser = run.training_parser("adm", __doc__)
-    parser.add_argument("--steps", type=int, help="N, steps of the generator")
-    parser.add_argument("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
-    parser.add_argument("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance scale")
-    parser.add_argument("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
-    parser.add_argument("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
-                        help="the fake model is an adapter too (rank 64): with --lora-rank all four networks share one base")
-    parser.add_argument("--lr-theta", type=float, help="learning rate of the generator")
-    parser.add_argument("--lr-psi", type=float, help="learning rate of the fake model")
-    parser.add_argument("--lr-tau", type=float, help="learning rate of the discriminator")
+    add = parser.add_argument
+    add("--steps", type=int, help="N, steps of the generator")
+    add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
+    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance scale")
+    add("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
+    add("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
+        help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
+    add("--lr-theta", type=float, help="learning rate of the generator")
+    add("--lr-psi", type=float, help="learning rate of the fake model")
+    add("--lr-tau", type=float, help="learning rate of the discriminator")
     return parser.parse_args(argv)
 
 
@@ -41,96 +42,101 @@ def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     row = run.resolve(args)
     job = run.Job("adm", args, row, mesh, device)
+    load = partial(run.load_network, args, row, mesh, device)
 
-    # Alg. 1 l. 1-3: everything starts as the teacher. Adapters and D_tau share its module.
-    load = partial(run.load_network, args, row, mesh, device, checkpointing=not args.no_checkpointing)
-    base = load(adapters=({"generator": args.lora_rank} if args.lora_rank else {}) | ({"fake": args.fake_lora} if args.fake_lora else {}))
-    F_phi = Denoiser(base, row.predicts, row.schedule)                                                   # Alg. 1 l. 1
-    tn = generator_times(args.steps, row.shift).to(device)                                               # Alg. 1 l. 2
-    if args.lora_rank:
-        G_theta = replace(F_phi, lora=("generator",))                                                    # Alg. 1 l. 3
+    # Everything starts as the teacher. Adapters and D_tau share its module, never a copy of it.
+    adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
+    base = load(adapters={name: rank for name, rank in adapters.items() if rank})
+    F_phi = Denoiser(base, row.predicts, row.schedule)                                 # Alg. 1 l. 1
+    tn = generator_times(args.steps, row.shift).to(device)                             # Alg. 1 l. 2
+    if args.lora_rank:                                                                 # Alg. 1 l. 3
+        G_theta = replace(F_phi, lora=("generator",))
     else:
         G_theta = replace(F_phi, net=load(trainable=True))
     if args.fake_lora:
         f_psi = replace(F_phi, lora=("fake",))
     else:
         f_psi = replace(F_phi, net=load(trainable=True))
-    latent_shape = job.latent_shape
-    taps = base.tap_shapes(*latent_shape[-2:])
-    D_tau = run.init_heads(Discriminator(F_phi, tuple(taps), list(taps.values()), row.head_width), args, mesh, device)
-
+    D_tau = run.new_discriminator(args, row, F_phi, mesh, device)
     psi, theta, tau = run.trainables(f_psi), run.trainables(G_theta), run.trainables(D_tau)
     opt_psi, opt_theta, opt_tau = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta), adamw(tau, args.lr_tau)
-    job.start(dict(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau)), dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta))
-    gen_iter, global_iter = job.gen_iter, job.global_iter                                                # Alg. 1 l. 3
-    dt, K = delta_t(row.schedule), len(job.micro_batches)
-    draw = lambda name, indices: noise(latent_shape, args.seed, global_iter, name, indices).to(device)   # noqa: E731
-    draw_u = lambda name, indices: uniform(args.seed, global_iter, name, indices).to(device)             # noqa: E731
+    job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
+    if args.profile:
+        run.count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
 
-    while gen_iter < args.max_iter:                                                                      # Alg. 1 l. 4
-        global_iter += 1                                                                                 # Alg. 1 l. 5
+    gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
+    dt, K, c_null = delta_t(row.schedule), len(job.micro_batches), job.c_null
+
+    def draw(name, indices):  # standard normal latents of these samples, a function of (seed, global_iter, name, index)
+        return noise(job.latent_shape, args.seed, global_iter, name, indices).to(device)
+
+    def draw_u(name, indices):  # U[0, 1), likewise
+        return uniform(args.seed, global_iter, name, indices).to(device)
+
+    while gen_iter < args.max_iter:                                                    # Alg. 1 l. 4
+        global_iter += 1                                                               # Alg. 1 l. 5
         log = job.begin(global_iter)
-        conditions = [job.conditions(global_iter, indices) for indices in job.micro_batches]
+        batch = [(indices, job.conditions(indices)) for indices in job.micro_batches]
 
-        # update fake score estimator f_psi                                                              # Alg. 1 l. 7
+        # update fake score estimator f_psi                                            # Alg. 1 l. 7
         set_trainable(psi, True)
-        for indices, c in zip(job.micro_batches, conditions):
-            z = draw("z", indices)                                                                       # Alg. 1 l. 8
+        for indices, c in batch:
+            z = draw("z", indices)                                                     # Alg. 1 l. 8
             with torch.no_grad():
-                x_0 = solve(G_theta, z, tn, c)                                                           # Alg. 1 l. 9
-            z_f, t_f = draw("z_f", indices), random_time(f_psi.schedule, draw_u("t_f", indices))         # Alg. 1 l. 10
-            v_f = target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f)
-            loss_psi = mse_loss(f_psi(q(f_psi.schedule, x_0, t_f, z_f), t_f, c), v_f)                    # Eq. (2), (3)
+                x_0 = solve(G_theta, z, tn, c)                                         # Alg. 1 l. 9
+            z_f, t_f = draw("z_f", indices), random_time(f_psi.schedule, draw_u("t_f", indices))  # Alg. 1 l. 10
+            x_tf = q(f_psi.schedule, x_0, t_f, z_f)
+            loss_psi = mse_loss(f_psi(x_tf, t_f, c), target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f))  # Eq. (2), (3)
             (loss_psi / K).backward()
             log.add(loss_psi=loss_psi)
-        log.update("psi", *update(opt_psi, log.mean("loss_psi")))                                        # Alg. 1 l. 11
+        log.update("psi", *update(opt_psi, log.mean("loss_psi")))                      # Alg. 1 l. 11
         job.phase("fake")
-        if global_iter % args.ttur:                                                                      # Alg. 1 l. 12
+        if global_iter % args.ttur:                                                    # Alg. 1 l. 12
             if job.end(log, gen_iter):
                 break
             continue
 
-        # update generator G_theta, and on the same pairs discriminator D_tau                            # Alg. 1 l. 14
+        # update generator G_theta, and on the same pairs discriminator D_tau          # Alg. 1 l. 14
         set_trainable(psi, False)
-        n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # one n for all ranks        # Alg. 1 l. 15
-        for indices, c in zip(job.micro_batches, conditions):
+        n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # the same n on every rank
+        for indices, c in batch:
             set_trainable(tau, False)
-            z_hat = draw("z_hat", indices)                                                               # Alg. 1 l. 15
+            z_hat = draw("z_hat", indices)                                             # Alg. 1 l. 15
             with torch.no_grad():
-                x_hat_tn = solve(G_theta, z_hat, tn[n:], c)                                              # Alg. 1 l. 16
-            x_hat_0, _ = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c)                                    # Alg. 1 l. 17
-            z_g, t = draw("z_g", indices), random_time(F_phi.schedule, draw_u("t", indices), low=dt)     # Alg. 1 l. 18
-            s = t - dt  # >= 0, since t > dt  [choice]
-            x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                                     # Alg. 1 l. 19
-            x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # the graph runs through f_psi's network   # Alg. 1 l. 20
+                x_hat_tn = solve(G_theta, z_hat, tn[n:], c)                            # Alg. 1 l. 16
+            _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c)                  # Alg. 1 l. 17
+            z_g, t = draw("z_g", indices), random_time(F_phi.schedule, draw_u("t", indices), low=dt)  # Alg. 1 l. 18
+            s = (t - dt).clamp_min(0)  # [choice] t > dt, so that the step stays in [0, T]
+            x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
+            x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # with f_psi's graph     # Alg. 1 l. 20
             with torch.no_grad():
                 w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * draw_u("w", indices)
-                x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)                          # Alg. 1 l. 21
+                x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, c_null, w)            # Alg. 1 l. 21
             h_fake = D_tau.features(x_fake, s, c)
-            loss_theta = -D_tau(h_fake).mean()                                                           # Eq. (7)
+            loss_theta = -D_tau(h_fake).mean()                                         # Eq. (7)
             (loss_theta / K).backward()
             job.phase("generator")
 
-            # Eq. (8) reads tau and the detached pair, neither of which Alg. 1 l. 22 changes: its gradient can be taken here, and
-            # the features of x_fake serve twice.
+            # The update of theta changes neither tau nor this pair, so Eq. (8) can have its gradient before
+            # theta's step, and the features of x_fake serve twice.
             set_trainable(tau, True)
             with torch.no_grad():
                 h_real = D_tau.features(x_real, s, c)
-            logits_fake, logits_real = D_tau([h.detach() for h in h_fake]), D_tau(h_real)                # Alg. 1 l. 25
-            loss_tau = relu(1 + logits_fake).mean() + relu(1 - logits_real).mean()                       # Eq. (8)
+            logits_fake, logits_real = D_tau([h.detach() for h in h_fake]), D_tau(h_real)  # Alg. 1 l. 25
+            loss_tau = relu(1 + logits_fake).mean() + relu(1 - logits_real).mean()     # Eq. (8)
             (loss_tau / K).backward()
             job.phase("discriminator")
             log.add(loss_theta=loss_theta, loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
-                    dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real),                                           # Eq. (6), Fig. 3
+                    dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real),                         # Eq. (6), Fig. 3
                     x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
-        log.update("theta", *update(opt_theta, log.mean("loss_theta")))                                  # Alg. 1 l. 22
-        gen_iter += 1                                                                                    # Alg. 1 l. 23
-        log.update("tau", *update(opt_tau, log.mean("loss_tau")))                                        # Alg. 1 l. 26
+        log.update("theta", *update(opt_theta, log.mean("loss_theta")))                # Alg. 1 l. 22
+        gen_iter += 1                                                                  # Alg. 1 l. 23
+        log.update("tau", *update(opt_tau, log.mean("loss_tau")))                      # Alg. 1 l. 26
         stop = job.end(log, gen_iter)
         job.sample_grid(G_theta, tn)
         if stop:
             break
-    job.finish(F_phi, G_theta, tn)                                                                       # Alg. 1 l. 27
+    job.finish(F_phi, G_theta, tn)                                                     # Alg. 1 l. 27
 
 
 if __name__ == "__main__":
