@@ -1,0 +1,230 @@
+"""sample.py on tiny-sd3: what it writes, what its pictures depend on, and that a run's exports give the run's own pictures."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import adm
+import sample
+from models.checkpoint import InputError, open_tensors, save_safetensors
+from models.diffusion import generator_times, teacher_times
+from models.presets import PRESETS
+
+ROW = PRESETS["tiny-sd3"]
+DENOISER = "model.diffusion_model."
+N = ROW.steps + 1  # of the runs below: not the preset's, so that it must come from the run
+
+
+def pictures(out, *flags):
+    """sample.py with these flags: the pictures it wrote, in order."""
+    sample.main(sample.parse_args([*map(str, flags), "--out", str(out)]))
+    return [Image.open(path) for path in sorted(out.glob("[0-9]*.png"))]
+
+
+def difference(a, b) -> int:
+    """The largest difference of two lists of pictures, in grey levels of 255."""
+    assert len(a) == len(b) > 0 and all(x.size == y.size for x, y in zip(a, b))
+    return max(int(np.abs(np.asarray(x).astype(int) - np.asarray(y)).max()) for x, y in zip(a, b))
+
+
+def train(out, *flags):
+    """One update at a large rate, so that the student is no longer the teacher."""
+    adm.main(adm.parse_args(["--max-iter", "1", "--batch-size", "2", "--evaluate", "0", "--sample-every", "1", "--steps", str(N),
+                             "--lr-theta", "0.01", "--out", str(out), *map(str, flags)]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("full") / "run")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("lora") / "run", "--lora-rank", 4)
+
+
+@pytest.fixture(params=["full", "adapter"])
+def finished(request):
+    return request.getfixturevalue(request.param)
+
+
+# ---- what is written ----------------------------------------------------------------------------------------------
+
+def test_a_picture_for_every_prompt_and_a_grid(tmp_path):
+    images = pictures(tmp_path / "new" / "folder", "--steps", 1)
+    names = [f"{i:03d}.png" for i in range(len(ROW.sample_prompts))]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [*names, "grid.png"]
+    for i, (image, prompt) in enumerate(zip(images, ROW.sample_prompts, strict=True)):
+        assert image.size == ROW.size[::-1] and image.mode == "RGB"
+        assert image.text == dict(prompt=prompt, seed="0", index=str(i), steps="1", cfg=f"{ROW.teacher_cfg:g}", model="tiny-sd3")
+
+
+def test_text_chunks_tell_the_settings(tmp_path):
+    prompt = "a ring, \u201cr\u00f3sa\u201d \u7ea2"
+    image, = pictures(tmp_path, "--prompt", prompt, "--steps", 2, "--cfg", 1.5, "--seed", 7)
+    assert image.text == dict(prompt=prompt, seed="7", index="0", steps="2", cfg="1.5", model="tiny-sd3")
+
+
+def test_prompts_from_a_file_repeat_with_other_noise(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n\na blue ring\n")
+    images = pictures(tmp_path / "out", "--prompts", tmp_path / "p.txt", "--steps", 1, "--count", 3)
+    assert [image.text["prompt"] for image in images] == ["a red circle", "a blue ring", "a red circle"]
+    assert difference(images[:1], images[2:]) > 1
+    assert len(pictures(tmp_path / "two", "--prompts", tmp_path / "p.txt", "--steps", 1)) == 2
+
+
+def test_the_empty_prompt_is_a_prompt(tmp_path):
+    assert [image.text["prompt"] for image in pictures(tmp_path, "--prompt", "", "--steps", 1)] == [""]
+
+
+# ---- what the pictures depend on ----------------------------------------------------------------------------------
+
+def test_seed_and_place_decide_not_batch_or_count(tmp_path):
+    flags = ["--steps", 2, "--seed", 3]
+    images = pictures(tmp_path / "a", *flags, "--count", 5)
+    assert difference(images, pictures(tmp_path / "b", *flags, "--count", 5)) == 0
+    for batch in (1, 2, 100):  # matrix products of another height round otherwise, at most to the next grey level
+        assert difference(images, pictures(tmp_path / f"batch{batch}", *flags, "--count", 5, "--batch", batch)) <= 1
+    assert difference(images[:2], pictures(tmp_path / "c", *flags, "--count", 2)) <= 1
+    others = pictures(tmp_path / "d", "--steps", 2, "--seed", 4, "--count", 5)
+    assert all(difference([a], [b]) > 1 for a, b in zip(images, others))
+
+
+@pytest.mark.parametrize("size", [(16, 40), (64, 64)])
+def test_other_sizes(tmp_path, size):
+    image, = pictures(tmp_path, "--steps", 1, "--count", 1, "--size", *size)
+    assert image.size == size[::-1]
+
+
+def settings(monkeypatch, tmp_path, *flags):
+    """The times and the guidance that sample.py chooses."""
+    seen = []
+
+    def generate(F, text, vae, prompts, tn, latent_shape, seed, cfg, batch):
+        seen.extend([tn, cfg])
+        return torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.sampling, "generate", generate)
+        pictures(tmp_path / "settings", *flags)
+    return seen
+
+
+def test_a_teacher_is_sampled_as_a_teacher(monkeypatch, tmp_path):
+    tn, cfg = settings(monkeypatch, tmp_path)
+    assert torch.equal(tn, teacher_times(ROW.teacher_steps, ROW.shift)) and cfg == ROW.teacher_cfg
+    tn, cfg = settings(monkeypatch, tmp_path, "--steps", 5, "--cfg", 1)
+    assert torch.equal(tn, teacher_times(5, ROW.shift)) and cfg is None  # one evaluation a step
+
+
+def test_a_run_is_sampled_with_its_own_steps_and_no_guidance(monkeypatch, tmp_path, finished):
+    tn, cfg = settings(monkeypatch, tmp_path, "--ckpt", finished)
+    assert torch.equal(tn, generator_times(N, ROW.shift)) and cfg is None
+    tn, cfg = settings(monkeypatch, tmp_path, "--ckpt", finished, "--steps", 4, "--cfg", 2)
+    assert torch.equal(tn, generator_times(4, ROW.shift)) and cfg == 2
+
+
+# ---- exports ------------------------------------------------------------------------------------------------------
+
+def test_a_run_folder_gives_the_pictures_of_the_run(tmp_path, finished):
+    """The run's last grid comes from the weights in training, an adapter unmerged; sample.py reads the export and merges it."""
+    images = pictures(tmp_path, "--ckpt", finished)
+    assert {(image.text["steps"], image.text["cfg"]) for image in images} == {(str(N), "1")}
+    # Merged or not, and batches of 4 and of 2 * 2, are float32 sums in another order: at most the next grey level.
+    assert difference([Image.open(tmp_path / "grid.png")], [Image.open(finished / "samples" / "00000001.png")]) <= 1
+    assert difference(images, pictures(tmp_path / "teacher", "--steps", N, "--cfg", 1)) > 1
+
+
+def test_the_exported_file_alone_is_enough(tmp_path, full):
+    assert difference(pictures(tmp_path / "file", "--ckpt", full / "generator.safetensors"),
+                      pictures(tmp_path / "run", "--ckpt", full)) == 0
+
+
+def test_both_lora_files_give_the_pictures_of_the_run(tmp_path, adapter):
+    assert not (adapter / "generator.safetensors").exists()
+    images = pictures(tmp_path / "run", "--ckpt", adapter)
+    for name in ("generator_lora.safetensors", "generator_lora_kohya.safetensors"):
+        same = pictures(tmp_path / name, "--lora", adapter / name)
+        assert difference(same, images) == 0 and same[0].text == images[0].text
+    assert difference(pictures(tmp_path / "off", "--lora", adapter / name, "--lora-scale", 0), images) > 1
+
+
+def test_the_exported_file_is_the_source_but_for_the_denoiser(full):
+    source, export = open_tensors(ROW.ckpt), open_tensors(full / "generator.safetensors")
+    assert export.shapes == source.shapes
+    changed = {name for name in source if not torch.equal(source[name].float(), export[name].float())}
+    assert changed and all(name.startswith(DENOISER) for name in changed)
+    for name in source:
+        assert export[name].dtype == (torch.float32 if name.startswith(DENOISER) else source[name].dtype), name
+    assert export.metadata["steps"] == str(N) and export.metadata["model"] == "tiny-sd3"
+
+
+def test_export_again_in_another_dtype(tmp_path, full):
+    """--resume of a finished run trains nothing more and exports."""
+    before = open_tensors(full / "generator.safetensors")
+    before = {name: before[name] for name in before}
+    train(full, "--resume", "--export-dtype", "fp16")
+    after = open_tensors(full / "generator.safetensors")
+    for name, value in before.items():
+        assert torch.equal(after[name], value.half() if name.startswith(DENOISER) else value), name
+
+
+def test_a_run_folder_is_sampled_at_its_size_and_without_t5_as_trained(tmp_path):
+    out = train(tmp_path / "run", "--size", 16, 24, "--no-t5")
+    assert pictures(tmp_path / "own", "--ckpt", out)[0].size == (24, 16)
+    assert difference([Image.open(tmp_path / "own" / "grid.png")], [Image.open(out / "samples" / "00000001.png")]) <= 1
+    assert pictures(tmp_path / "other", "--ckpt", out, "--size", 32, 16, "--count", 1)[0].size == (16, 32)
+
+
+def test_text_encoders_beside_the_checkpoint(tmp_path, monkeypatch):
+    """As in SD3's repositories: a single file without text encoders, and text_encoders/ beside it."""
+    source, names = open_tensors(ROW.ckpt), ("clip_l", "clip_g", "t5xxl")
+    save_safetensors(tmp_path / "x.safetensors", {name: source[name] for name in source if not name.startswith("text_encoders.")})
+    for name in names:
+        encoder = source.group(f"text_encoders.{name}.transformer.")
+        save_safetensors(tmp_path / "text_encoders" / f"{name}.safetensors", {key: encoder[key] for key in encoder})
+    files = tuple(f"text_encoders/{name}.safetensors" for name in names)
+    monkeypatch.setitem(PRESETS, "tiny-sd3", ROW._replace(text_files=files))
+    out = train(tmp_path / "run", "--ckpt", tmp_path / "x.safetensors")
+    pictures(tmp_path / "out", "--ckpt", out)
+    assert difference([Image.open(tmp_path / "out" / "grid.png")], [Image.open(out / "samples" / "00000001.png")]) <= 1
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--size", 36, 32], "--size 36 32: tiny-sd3 takes multiples of 8 up to 64"),
+    (["--size", 72, 32], "--size 72 32"), (["--size", 0, 32], "--size 0 32"),
+    (["--steps", 0], "--steps 0: expected at least 1"), (["--count", -1], "--count -1"), (["--batch", 0], "--batch 0"),
+    (["--ckpt", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--lora", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--lora", ROW.ckpt], f"{ROW.ckpt}: expected LoRA keys"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_refused_in_words(tmp_path, flags, words):
+    with pytest.raises(InputError) as caught:
+        pictures(tmp_path / "out", *flags)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_finished_run(tmp_path, full):
+    (tmp_path / "config.json").write_bytes((full / "config.json").read_bytes())
+    with pytest.raises(InputError, match="no exported generator yet"):
+        pictures(tmp_path / "out", "--ckpt", tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 1}')  # of some other program
+    with pytest.raises(InputError, match="no weights in this folder"):
+        pictures(tmp_path / "out", "--ckpt", tmp_path)
+
+
+def test_a_refused_size_is_one_line_and_exit_code_2(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "--size", "30", "32", "--out", tmp_path / "out"],
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "sample.py: --size 30 32: tiny-sd3 takes multiples of 8 up to 64\n"
+    assert not (tmp_path / "out").exists()
