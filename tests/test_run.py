@@ -1,0 +1,411 @@
+"""models/run.py through adm.py: run folders, resuming, the log, the hub, and every refusal as the user meets it."""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import test_checkpoint as hub
+import torch
+from conftest import ROOT, golden
+from PIL import Image
+
+import adm
+import sample
+from models import run
+from models.checkpoint import InputError, open_tensors, save_safetensors
+from models.data import uniform
+from models.parallel import init_distributed
+from models.presets import PRESETS
+
+ROW = PRESETS["tiny-sd3"]
+DENOISER = "model.diffusion_model."
+SMALL = ["--batch-size", 2, "--evaluate", 0, "--lora-rank", 4, "--fake-lora", 4]  # states of 13 MB, not 60
+
+
+def train(*flags):
+    adm.main(adm.parse_args(list(map(str, flags))))
+
+
+def refusal(*flags) -> str:
+    """The one sentence with which adm.py refuses these flags."""
+    with pytest.raises(InputError) as caught:
+        train(*flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def process(script, *flags, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, [script, *flags])], env=env, capture_output=True, text=True, timeout=120)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two updates, both of its states kept. Tests that write to it take a copy."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(*SMALL, "--max-iter", 2, "--save-every", 1, "--out", out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+# ---- the run folder -----------------------------------------------------------------------------------------------
+
+def folder(*flags):
+    init_distributed()
+    return run.run_folder(adm.parse_args(list(map(str, flags))), "adm")
+
+
+def test_run_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = run.Path("runs")
+    assert folder() == runs / "adm-tiny-sd3-000"
+    for name in ("adm-tiny-sd3-000", "adm-tiny-sd3-009", "adm-sd3-medium-020", "adp-tiny-sd3-030", "adm-tiny-sd3-old"):
+        (runs / name).mkdir(parents=True)
+    assert folder() == runs / "adm-tiny-sd3-010"
+    assert folder("--resume") == runs / "adm-tiny-sd3-009"
+    assert folder("--model", "sd3-medium") == runs / "adm-sd3-medium-021"
+    assert folder("--out", "x") == folder("--out", "x", "--resume") == run.Path("x")
+    with pytest.raises(InputError, match="there is no runs/adm-sd3.5-large-NNN; name the run folder with --out"):
+        folder("--model", "sd3.5-large", "--resume")
+
+
+def test_a_named_state_continues_the_run_that_saved_it(tmp_path, monkeypatch):
+    """Not the newest run, whose metrics.jsonl would be cut."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("000", "001"):
+        (tmp_path / f"runs/adm-tiny-sd3-{name}/state/iter_00000001").mkdir(parents=True)
+    assert folder("--resume", "runs/adm-tiny-sd3-000/state/iter_00000001") == tmp_path / "runs/adm-tiny-sd3-000"
+    assert folder("--resume", "runs/adm-tiny-sd3-000/state/iter_00000001", "--out", "x") == run.Path("x")
+
+
+def test_a_run_is_never_overwritten(finished):
+    before = contents(finished)
+    assert refusal(*SMALL, "--out", finished) == f"{finished} already holds a run: pass --resume to continue it or another --out"
+    assert contents(finished) == before
+
+
+def test_config_json_holds_the_resolved_settings(finished):
+    config = json.loads((finished / "config.json").read_text())
+    args = config["args"]
+    assert (args["model"], args["max_iter"], args["lora_rank"], args["seed"], args["out"]) == ("tiny-sd3", 2, 4, 0, str(finished))
+    assert (args["steps"], args["cfg"], args["lr_psi"], args["size"]) == (ROW.steps, list(ROW.cfg), ROW.lr_psi, list(ROW.size))
+    assert args["micro_batch"] == 2  # the preset's, cut to the batch
+    assert config["preset"]["config"] | {"attn2": ()} == ROW.config | {"attn2": ()}
+    assert config["world_size"] == 1 and config["torch"] == torch.__version__ and config["argv"] == sys.argv
+    assert config["git"] == "" or len(config["git"]) == 40
+
+
+def test_metrics_have_every_figure_of_every_iteration(finished):
+    first, second = rows(finished)
+    assert [first["global_iter"], second["global_iter"], second["gen_iter"], second["skipped"]] == [1, 2, 2, 0]
+    names = {f"{kind}_{role}" for kind in ("loss", "grad_norm") for role in ("psi", "theta", "tau")}
+    assert names | {"margin", "dmd", "x_0_mean", "x_0_std", "seconds", "gib"} < set(first) == set(second)
+    assert len(first["margin"]) == ROW.config["depth"]  # one a head
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------
+
+def test_metrics_are_not_doubled_after_a_resume(copy):
+    (copy / "metrics.jsonl").open("a").write('{"global_iter": 3, "gen')  # what kill -9 can leave
+    train(*SMALL, "--max-iter", 3, "--resume", copy / "state" / "iter_00000001")
+    assert [row["global_iter"] for row in rows(copy)] == [1, 2, 3]
+    assert sorted(path.name for path in (copy / "state").iterdir()) == ["iter_00000002", "iter_00000003"]
+
+
+def test_a_finished_run_is_exported_again(copy):
+    before, names = contents(copy), ("generator_lora.safetensors", "generator_lora_kohya.safetensors")
+    saved = [open_tensors(shutil.move(copy / name, copy / f"old_{name}")) for name in names]
+    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy)
+    after = contents(copy)  # the bytes of a safetensors file differ: its metadata are in random order
+    assert {path.name for path in before if after[path] != before[path]} <= {"config.json", *names}
+    for old, new in zip(saved, [open_tensors(copy / name) for name in names]):
+        assert old.shapes == new.shapes and old.metadata == new.metadata and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_resume_says_which_flags_changed(copy, capsys):
+    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy, "--steps", 1)
+    assert "changed since this run was last started: --save-every 500 (was 1), --steps 1 (was 2)\n" in capsys.readouterr().out
+
+
+def test_resume_without_a_state(tmp_path):
+    assert refusal(*SMALL, "--resume", "--out", tmp_path / "run") == f"--resume: {tmp_path / 'run'} holds no complete state"
+    (tmp_path / "run" / "state" / "iter_00000001.tmp").mkdir(parents=True)
+    assert "no complete state" in refusal(*SMALL, "--resume", "--out", tmp_path / "run")
+    state = tmp_path / "run" / "state" / "iter_00000007"
+    assert str(state) in refusal(*SMALL, "--resume", state)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lora-rank", 8], "Size mismatch"), (["--lora-rank", 0], "Missing key"), (["--fake-lora", 0], "Missing key")],
+    ids=["rank", "full", "full-fake"])
+def test_a_state_of_other_flags_is_refused(finished, capsys, flags, words):
+    before = contents(finished)
+    message = refusal(*SMALL, "--max-iter", 4, *flags, "--resume", "--out", finished)
+    assert message.startswith(f"{finished / 'state' / 'iter_00000002'}: not a state of this model and these flags, or damaged (")
+    assert words in message and f"{flags[0]} {flags[1]} (was 4)" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("left", [0.5, 0.999, 0], ids=["half", "end", "all"])
+def test_a_damaged_state_is_refused_and_the_one_before_it_is_not(copy, left):
+    path, = (copy / "state" / "iter_00000002").glob("*.distcp")
+    os.truncate(path, int(left * path.stat().st_size))
+    before = contents(copy)
+    message = refusal(*SMALL, "--max-iter", 3, "--resume", "--out", copy)
+    assert message.startswith(f"{path.parent}: not a state of this model and these flags, or damaged (")
+    assert contents(copy) == before
+    if left == 0.5:
+        train(*SMALL, "--max-iter", 2, "--resume", copy / "state" / "iter_00000001")
+        assert [row["global_iter"] for row in rows(copy)] == [1, 2]
+
+
+# ---- flags and prompts --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--batch-size", 5, "--micro-batch", 2], "--batch-size 5 is no multiple of 1 processes x --micro-batch 2"),
+    (["--batch-size", 0], "--batch-size 0: expected at least 1"), (["--micro-batch", 0], "--micro-batch 0: expected at least 1"),
+    (["--steps", 0], "--steps 0: expected at least 1"), (["--max-iter", 0], "--max-iter 0: expected at least 1"),
+    (["--ttur", 0], "--ttur 0: expected at least 1"), (["--save-every", 0], "--save-every 0: expected at least 1"),
+    (["--sample-every", 0], "--sample-every 0: expected at least 1"), (["--evaluate", 1], "--evaluate 1: expected 0 or at least 2"),
+    (["--evaluate", -1], "--evaluate -1"), (["--lora-rank", -1], "LoRA of rank -1"),
+    (["--fake-lora", -1], "LoRA of rank -1"),
+    (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 1 processes"), (["--shard-ranks", -1], "--shard-ranks -1"),
+    (["--size", 32, 30], "--size 32 30: tiny-sd3 takes multiples of 8 up to 64"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_flags_that_cannot_work(tmp_path, flags, words):
+    assert words in refusal("--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("empty.txt", "\n  \n", "no prompt in this file"), ("bad.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+    ("other.jsonl", '{"label": "a"}\n', "line 1"), ("prompts.docx", "a", "not a prompt file; expected one of .txt"),
+    ("absent.txt", None, "no such file")])
+def test_prompt_files_that_cannot_be_read(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    message = refusal(*SMALL, "--prompts", tmp_path / name, "--out", tmp_path / "run")
+    assert message.startswith(f"{tmp_path / name}: ") and words in message and not (tmp_path / "run").exists()
+
+
+def test_a_model_without_prompts_and_checkpoint_says_what_to_pass(tmp_path):
+    row = PRESETS["sd3-medium"]
+    assert refusal("--model", "sd3-medium", "--out", tmp_path / "run") == (
+        "--model sd3-medium needs --prompts FILE (.txt, .jsonl, .csv or .tsv), "
+        f"and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)")
+    message = refusal("--model", "sd3-medium", "--ckpt", ROW.ckpt, "--out", tmp_path / "run")
+    assert message == "--model sd3-medium needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+def damaged(path, kind):
+    """A damaged or foreign checkpoint at `path`: (the file, words of its refusal)."""
+    source = open_tensors(ROW.ckpt)
+    tensors = {name: source[name] for name in source}
+    name = DENOISER + "joint_blocks.0.x_block.attn.qkv.weight"
+    sizes = DENOISER + "x_embedder.proj.weight"  # the architecture is read from this one
+    if kind == "absent":
+        return path, "no such file or folder"
+    if kind == "truncated":
+        path.write_bytes(ROW.ckpt.read_bytes()[:-100])
+        return path, "truncated, "
+    if kind == "no checkpoint":
+        path.write_text("<html>")
+        return path, "expected a safetensors file"
+    if kind == "pickle":
+        torch.save({"state_dict": tensors, "args": argparse.Namespace(lr=1)}, path.with_suffix(".ckpt"))
+        return path.with_suffix(".ckpt"), "refused, because reading it would run code (it calls argparse.Namespace)"
+    if kind == "denoiser only":
+        tensors, words = {key: t for key, t in tensors.items() if key.startswith(DENOISER)}, "no text encoders; expected"
+    elif kind == "no VAE":
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("first_stage_model.")}
+        words = "expected tensors named first_stage_model.*, found "
+    elif kind == "no T5":
+        tensors, words = {key: t for key, t in tensors.items() if "t5xxl" not in key}, "no T5 encoder; pass --text-ckpt"
+    elif kind == "SDXL":
+        tensors = {DENOISER + "input_blocks.0.0.weight": torch.zeros(3)}
+        words = "another architecture: "
+    elif kind.startswith("missing"):
+        key = {"missing": name, "missing size": sizes, "missing in VAE": "first_stage_model.encoder.conv_in.weight",
+               "missing in text": "text_encoders.clip_g.transformer.text_model.final_layer_norm.bias"}[kind]
+        del tensors[key]
+        words = key if kind != "missing in VAE" else "VAE's architecture cannot be read ('encoder.conv_in.weight')"
+    elif kind.startswith("extra"):
+        key = {"extra": DENOISER, "extra in VAE": "first_stage_model.",
+               "extra in text": "text_encoders.t5xxl.transformer."}[kind] + "unknown.weight"
+        tensors[key], words = torch.zeros(3), f"1 tensors are not expected ({key})"
+    else:
+        key = {"shape": name, "shape of size": sizes}[kind]
+        tensors[key], words = tensors[key][None], f"1 tensors have another shape ({key} is (1, "
+    save_safetensors(path, tensors)
+    return path, words
+
+
+@pytest.mark.parametrize("kind", [
+    "absent", "truncated", "no checkpoint", "pickle", "denoiser only", "no VAE", "no T5", "SDXL", "missing", "missing size",
+    "missing in VAE", "missing in text", "extra", "extra in VAE", "extra in text", "shape", "shape of size"])
+def test_checkpoints_that_do_not_fit(tmp_path, kind):
+    path, words = damaged(tmp_path / "x.safetensors", kind)
+    message = refusal("--batch-size", 2, "--ckpt", path, "--out", tmp_path / "run")
+    assert message.startswith(f"{path}: ") and words in message and not (tmp_path / "run").exists()
+
+
+def test_another_architecture_is_refused_before_text_encoders_are_looked_for(tmp_path):
+    """For sd3-medium those would come from the hub, 11 GB."""
+    path = golden("mmdit_*.safetensors")[0]
+    assert refusal(*SMALL, "--ckpt", path, "--out", tmp_path / "run").startswith(f"{path} is not tiny-sd3: depth ")
+    message = refusal("--model", "sd3-medium", "--prompts", ROW.prompts, "--ckpt", ROW.ckpt, "--out", tmp_path / "run")
+    assert message == f"{ROW.ckpt} is not sd3-medium: depth 6 (expected 24), width 96 (expected 1536), heads 6 (expected 24)"
+
+
+@pytest.mark.parametrize("case", ["checkpoint", "prompts"])
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, case):
+    path, words = damaged(tmp_path / "x.safetensors", "missing")
+    if case == "prompts":
+        path, words = tmp_path / "x.jsonl", "line 1 is not JSON"
+        path.write_text("{\n")
+    flag = "--ckpt" if case == "checkpoint" else "--prompts"
+    result = process(ROOT / "adm.py", *SMALL, flag, path, "--out", tmp_path / "run")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"adm.py: {path}: ") and words in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_on_two_ranks_ends_at_once(tmp_path):
+    """After both ranks have met in collectives. torchrun exits with 1 and tells its own story; ours is the sentence."""
+    result = process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "adm.py", *SMALL, "--resume",
+                     "--out", tmp_path / "run")
+    assert result.returncode == 1
+    assert 1 <= result.stderr.count(f"adm.py: --resume: {tmp_path / 'run'} holds no complete state\n") <= 2
+    assert f'{ROOT / "adm.py"}", line' not in result.stderr and "models/run.py" not in result.stderr  # no traceback of ours
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the hub ------------------------------------------------------------------------------------------------------
+
+HUB = """
+import sys
+import adm, sample
+from models.checkpoint import InputError
+from models.presets import PRESETS
+out, tiny = sys.argv[1], PRESETS["tiny-sd3"]
+PRESETS["tiny-sd3"] = tiny._replace(ckpt=None, repo="org/open")
+adm.main(adm.parse_args(f"--batch-size 2 --max-iter 1 --evaluate 0 --lora-rank 4 --out {out}/run".split()))
+sample.main(sample.parse_args(f"--ckpt {out}/run --out {out}/hub --count 2".split()))
+PRESETS["sd3-medium"] = PRESETS["sd3-medium"]._replace(repo="org/gated")
+try:
+    adm.main(adm.parse_args(f"--model sd3-medium --prompts {tiny.prompts} --out {out}/refused".split()))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_weights_come_from_the_hub_when_no_path_is_given(tmp_path, monkeypatch):
+    """Training, and sampling of the run: its config.json has no checkpoint either. In a process of its own, because
+    huggingface_hub reads its environment once."""
+    monkeypatch.setitem(hub.REPOSITORY, ROW.file, ROW.ckpt.read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), hub.Hub) as server:
+        server.seen = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = process("-c", HUB, tmp_path, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0", HF_TOKEN="",
+                         HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", no_proxy="127.0.0.1")
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert server.seen.count(f"GET /org/open/resolve/main/{ROW.file}") == 1  # many readers, one download
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["ckpt"] is None
+    flags = ["--lora", tmp_path / "run" / "generator_lora.safetensors", "--count", 2, "--out", tmp_path / "local"]
+    sample.main(sample.parse_args(list(map(str, flags))))
+    for name in ("000.png", "001.png"):
+        assert np.array_equal(Image.open(tmp_path / "hub" / name), Image.open(tmp_path / "local" / name))
+    words = f"{PRESETS['sd3-medium'].file} of org/gated: access refused (HTTP 403): check the name, accept the terms on "
+    assert words in result.stdout and "--ckpt PATH takes a local copy" in result.stdout
+    assert not (tmp_path / "refused").exists()
+
+
+# ---- health and profile -------------------------------------------------------------------------------------------
+
+def history(count, **changed):
+    """Log rows of a healthy run; `changed` values are numbers, or functions of the row's place in [0, 1]."""
+    def row(place):
+        values = dict(margin=[0.02, 0.04], loss_tau=1.97, grad_norm_psi=1.0, grad_norm_theta=0.1, grad_norm_tau=0.2, x_0_mean=0.0,
+                      x_0_std=1.0) | changed
+        return {key: value(place) if callable(value) else value for key, value in values.items()}
+    return [row(i / max(1, count - 1)) for i in range(count)]
+
+
+@pytest.mark.parametrize("rows, words", [
+    (history(100), "margin +0.0300 hinge 1.970 x_0 +0.000 +- 1.000 health: good"),
+    (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell x_fake from x_real"),
+    (history(100, loss_tau=1e-3), "health: D has won: the hinge is at 0"),
+    (history(100, x_0_std=lambda place: 1 + place), "health: x_0's deviation changed 2.00-fold over 100 iterations"),
+    (history(100, x_0_std=lambda place: 1 - place / 2), "health: x_0's deviation changed 0.50-fold over 100 iterations"),
+    (history(100, x_0_std=lambda place: float("nan")), "health: x_0's deviation changed nan-fold"),
+    (history(100, grad_norm_theta=0.0), "health: theta has no gradient"),
+    (history(3, grad_norm_psi=0.0, grad_norm_tau=0.0), "health: psi has no gradient; tau has no gradient"),
+    (history(3, grad_norm_psi=lambda place: place), "health: good"),  # it was 0 once
+    (history(49, margin=[0.0], loss_tau=0.0), "health: good"),  # too early to tell
+    (history(50) + [dict(loss_psi=1.0)], "health: good"),  # --ttur: rows of the fake model alone
+    ([dict(loss_psi=1.0)], "health: no generator update yet"), ([], "health: no generator update yet"),
+], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "theta dead", "two dead", "not dead", "early", "ttur",
+        "fake only", "empty"])
+def test_health_names_what_is_wrong(rows, words):
+    line = run.health(rows)
+    assert words in line and (words.startswith("margin") or line.endswith(words) or "nan" in words)
+
+
+def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
+    """Job.end on a log of fixed values; the bar keeps the line apart from itself."""
+    lines = []
+    monkeypatch.setattr(run.tqdm, "write", lambda self, line: lines.append(line))
+    monkeypatch.setattr(run, "save_state", lambda *args: None)
+    _, mesh = init_distributed()
+    args = adm.parse_args(["--random-weights", "--out", str(tmp_path / "run"), "--max-iter", "250"])
+    job = run.Job("adm", args, run.resolve(args), mesh, torch.device("cpu"))
+    job.start()
+    for i in range(1, 251):
+        log = job.begin(i)
+        for role in ("psi", "theta", "tau"):
+            log.update(role, 2.0, 1.0)
+        log.add(margin=torch.tensor([0.5, 0.7]), x_0_mean=torch.tensor(0.0), x_0_std=torch.tensor(1.0))
+        assert not job.end(log, i)
+    assert lines == [f"{i}: margin +0.6000 hinge 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4]], ids=["full", "fake-lora"])
+def test_profile_prints_phases_and_evaluations(tmp_path, capsys, flags):
+    train("--profile", 1, "--random-weights", "--batch-size", 4, "--micro-batch", 2, "--out", tmp_path / "run", *flags)
+    out = capsys.readouterr().out
+    for phase in ("fake", "generator", "discriminator", "iteration"):
+        assert any(line.startswith(f"{phase} ") and " s/it" in line for line in out.splitlines()), phase
+    N = ROW.steps
+    n = 1 + int(N * uniform(0, 1, "n", [0]))
+    # G_theta: N steps for x_0 of the fake update, N - n to x_tn, one to x_hat_0. f_psi: its own update, and Alg. 1 l. 20.
+    # F_phi with guidance: two. Features: of x_fake and of x_real.
+    assert (f"network evaluations per sample and iteration: G_theta {2 * N - n + 1:.2f}, f_psi 2.00, F_phi 2.00, "
+            "D_tau features 2.00\n") in out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_another_size_has_no_exact_figures_but_pictures(tmp_path):
+    """The tiny data, and so their evaluator, exist at one size."""
+    train("--batch-size", 2, "--max-iter", 1, "--size", 16, 16, "--evaluate", 2, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "compare.png").exists() and not (tmp_path / "run" / "comparison.json").exists()
