@@ -8,7 +8,7 @@ metrics.jsonl, sample grids, the resumable state and the exported generator.
 
 F_phi teacher          f_psi fake score estimator   G_theta generator       D_tau discriminator
 z, z_hat, z_f, z_g noises   x_hat_0 generated       x_t diffused to t       s = t - dt
-c prompt, c_null empty one  w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
+c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
 Shapes: latents B C H W, times and scales B. Comments cite Algorithm 1 ("Alg. 1 l. 17") and the equations.
 """
 from dataclasses import replace
@@ -65,7 +65,7 @@ def main(args):
         run.count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
-    dt, K, c_null = delta_t(row.schedule), len(job.micro_batches), job.c_null
+    dt, accumulation = delta_t(row.schedule), len(job.micro_batches)
 
     def draw(name, indices):  # standard normal latents of these samples, a function of (seed, global_iter, name, index)
         return noise(job.latent_shape, args.seed, global_iter, name, indices).to(device)
@@ -87,7 +87,7 @@ def main(args):
             z_f, t_f = draw("z_f", indices), random_time(f_psi.schedule, draw_u("t_f", indices))  # Alg. 1 l. 10
             x_tf = q(f_psi.schedule, x_0, t_f, z_f)
             loss_psi = mse_loss(f_psi(x_tf, t_f, c), target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f))  # Eq. (2), (3)
-            (loss_psi / K).backward()
+            (loss_psi / accumulation).backward()
             log.add(loss_psi=loss_psi)
         log.update("psi", *update(opt_psi, log.mean("loss_psi")))                      # Alg. 1 l. 11
         job.phase("fake")
@@ -98,7 +98,7 @@ def main(args):
 
         # update generator G_theta, and on the same pairs discriminator D_tau          # Alg. 1 l. 14
         set_trainable(psi, False)
-        n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # the same n on every rank
+        n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # on all ranks  # Alg. 1 l. 15
         for indices, c in batch:
             set_trainable(tau, False)
             z_hat = draw("z_hat", indices)                                             # Alg. 1 l. 15
@@ -111,31 +111,32 @@ def main(args):
             x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # with f_psi's graph     # Alg. 1 l. 20
             with torch.no_grad():
                 w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * draw_u("w", indices)
-                x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, c_null, w)            # Alg. 1 l. 21
+                x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)        # Alg. 1 l. 21
             h_fake = D_tau.features(x_fake, s, c)
             loss_theta = -D_tau(h_fake).mean()                                         # Eq. (7)
-            (loss_theta / K).backward()
+            (loss_theta / accumulation).backward()
             job.phase("generator")
 
-            # The update of theta changes neither tau nor this pair, so Eq. (8) can have its gradient before
-            # theta's step, and the features of x_fake serve twice.
+            # l. 25-26 begin before l. 22 has stepped: that step changes neither tau nor this pair, so the gradient
+            # of Eq. (8) is the same, and the features of x_fake serve twice.
             set_trainable(tau, True)
             with torch.no_grad():
                 h_real = D_tau.features(x_real, s, c)
             logits_fake, logits_real = D_tau([h.detach() for h in h_fake]), D_tau(h_real)  # Alg. 1 l. 25
             loss_tau = relu(1 + logits_fake).mean() + relu(1 - logits_real).mean()     # Eq. (8)
-            (loss_tau / K).backward()
+            (loss_tau / accumulation).backward()
             job.phase("discriminator")
+            del h_fake, h_real  # gigabytes at full size, which the next micro-batch needs
             log.add(loss_theta=loss_theta, loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
                     dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real),                         # Eq. (6), Fig. 3
                     x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
         log.update("theta", *update(opt_theta, log.mean("loss_theta")))                # Alg. 1 l. 22
         gen_iter += 1                                                                  # Alg. 1 l. 23
         log.update("tau", *update(opt_tau, log.mean("loss_tau")))                      # Alg. 1 l. 26
-        stop = job.end(log, gen_iter)
-        job.sample_grid(G_theta, tn)
-        if stop:
+        job.phase("update")
+        if job.end(log, gen_iter):
             break
+        job.sample_grid(G_theta, tn)
     job.finish(F_phi, G_theta, tn)                                                     # Alg. 1 l. 27
 
 

@@ -22,9 +22,10 @@ from models.parallel import init_distributed, is_main, print0
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run.model_flags(parser)
+    parser.set_defaults(model=None)  # the exported file's own, else tiny-sd3
     add = parser.add_argument
     add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into the weights")
-    add("--lora-scale", type=float, default=1.0)
+    add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; default: a dozen of our own")
     add("--count", type=int, help="number of pictures; prompts repeat with other noise. Default: one a prompt")
@@ -55,21 +56,27 @@ def from_run_folder(args) -> None:
         raise InputError(f"{folder} has no exported generator yet: let the run end, or continue it with --resume")
 
 
+def exported(args) -> dict[str, str]:
+    """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.shift."""
+    files = [path for path in (args.ckpt, args.lora) if path]
+    return {key: value for path in files for key, value in open_tensors(path).metadata.items() if key.startswith("dmdx.")}
+
+
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
+    args.model = args.model or exported(args).get("dmdx.model", "tiny-sd3")
     row = run.resolve_model(args)
     run.at_least_1(args, ("count", "steps", "batch"))
     net = run.load_network(args, row, mesh, device)
-    metadata = run.source(args, row).metadata
+    metadata = exported(args)
     if args.lora:
-        tensors = open_tensors(args.lora)
-        lora.merge_lora(net, lora.read_lora(tensors, net), args.lora_scale)
-        metadata = metadata | tensors.metadata
-    student = "steps" in metadata
-    steps = args.steps or int(metadata.get("steps", row.teacher_steps))
-    tn = (generator_times if student else teacher_times)(steps, row.shift).to(device)
+        lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net), args.lora_scale)
+    student = "dmdx.steps" in metadata
+    steps = args.steps or int(metadata.get("dmdx.steps", row.teacher_steps))
+    shift = float(metadata.get("dmdx.shift", row.shift))
+    tn = (generator_times if student else teacher_times)(steps, shift).to(device)
     cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
 
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)

@@ -1,7 +1,7 @@
 """D_tau: trainable heads on the features of a frozen latent diffusion backbone (Sec. 4.1, App. B.1).
 
-The backbone is the teacher module itself, never a copy: it is held in a list so that parameters(), state_dict() and FSDP see the
-heads alone. One logit per head and sample: the spatial mean of the head's map. Shapes: B batch, D width of a map, h w its size.
+The backbone is the teacher's module itself, never a copy. It is held as the Denoiser F_phi, which is no nn.Module: parameters(),
+state_dict() and FSDP see the heads alone. One logit per head and sample: the spatial mean of the head's map. Shapes: B batch, D width of a map, h w its size.
 """
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, F_phi: Denoiser, taps: tuple[int, ...], map_shapes: list[tuple[int, int, int]], width: int = 256):
         super().__init__()
-        self.backbone = [F_phi]
+        self.F_phi = F_phi
         self.taps = taps
         self.heads = nn.ModuleList(Head2d(D, min(h, w), width) for D, h, w in map_shapes)
 
@@ -46,8 +46,7 @@ class Discriminator(nn.Module):
 
     def features(self, x: Tensor, t: Tensor, c: tuple) -> list[Tensor]:
         """F_phi's maps (B D h w) at the taps, without any adapter; gradients reach x."""
-        F_phi, = self.backbone
-        return F_phi.net(x, t, c, taps=self.taps)
+        return self.F_phi.net(x, t, c, taps=self.taps)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits (heads B), float32."""

@@ -141,11 +141,9 @@ def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ())
 @torch.no_grad()
 def fill_random(net: nn.Module, seed: int) -> None:
     """Weights for --random-weights: normal with deviation 0.02, norms at 1, biases at 0."""
-    generator = None
-    for name, p in [*net.named_parameters(), *net.named_buffers()]:
-        local, _ = local_rows(p)
-        if generator is None or generator.device != local.device:
-            generator = torch.Generator(local.device).manual_seed(seed + dist.get_rank())
+    for i, (name, p) in enumerate([*net.named_parameters(), *net.named_buffers()]):
+        local, first = local_rows(p)
+        generator = torch.Generator(local.device).manual_seed(hash((seed, i, first)) % 2 ** 63)  # equal on HSDP's copies
         if name.endswith("bias"):
             local.zero_()
         elif local.ndim == 1:
@@ -155,15 +153,17 @@ def fill_random(net: nn.Module, seed: int) -> None:
 
 
 def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU), one at a time; a collective, so every rank must run it to the end."""
+    """(name, whole tensor on the CPU), one at a time and on rank 0 alone; a collective: every rank must run it to the end."""
     for name, p in named:
-        yield name, (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).cpu()
+        whole = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        if is_main():
+            yield name, whole.cpu()
 
 
 # ---- updates ------------------------------------------------------------------------------------------------------
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start, so that saving needs no special case."""
+    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no special case."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
     for p in params.values():
         opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -191,7 +191,8 @@ def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
-    """(weights that one AdamW step of size lr cannot change in their float format, all weights), over all ranks."""
+    """(float32 weights that a change of lr would not move, all weights), over all ranks. AdamW's steps are about lr large, up to
+    ten times that where a gradient is larger than its past. The bf16 copy that computes moves later still."""
     local = [local_rows(p)[0] for p in params]
     counts = torch.tensor([sum(((p - lr) == p).sum().item() for p in local), sum(p.numel() for p in local)])
     dist.all_reduce(counts)
@@ -217,7 +218,8 @@ def save_state(folder: Path, iteration: int, roles: dict, progress: dict, keep: 
     final = folder / f"iter_{iteration:08d}"
     temporary = final.with_suffix(".tmp")
     if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob("iter_*.tmp"):  # of killed runs
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     dist.barrier()
     dcp.save(_state(roles), checkpoint_id=temporary)

@@ -4,10 +4,12 @@ Nothing here touches a loss. A script calls, in this order: `training_parser`, `
 loop `job.begin`, `job.conditions`, `log.add`, `log.update`, `job.end`; `job.finish` exports and compares.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +46,7 @@ MAX_BAD = 10  # non-finite iterations in a row before a run stops
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of everything that loads a model."""
     add = parser.add_argument
-    add("--model", choices=PRESETS, default="tiny-sd3")
+    add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
     add("--ckpt", type=Path, help="original single file; without it the Hugging Face hub is asked")
     add("--text-ckpt", type=Path, help="folder with the clip_l, clip_g and t5xxl files, or a diffusers-layout folder")
     add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
@@ -52,10 +54,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
     add("--seed", type=int, default=0)
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 CPU offload)")
-    add("--no-checkpointing", action="store_true", help="keep activations instead of computing them twice")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPUs, fp32 on CPUs")
-    add("--random-weights", action="store_true", help="no checkpoint and no text encoders: full-size networks, random weights")
+    parser.set_defaults(no_checkpointing=True, random_weights=False)  # for those who only sample
 
 
 def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
@@ -69,6 +70,8 @@ def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--max-iter", type=int, help="generator updates")
     add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     add("--micro-batch", type=int, help="samples per forward on one rank")
+    add("--no-checkpointing", action="store_true", default=False, help="keep activations, do not compute them twice")
+    add("--random-weights", action="store_true", help="full-size networks without checkpoint and text encoders")
     add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")
     add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
@@ -121,17 +124,22 @@ def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, int, int]:
 
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
-    """The folder of this run, the same on every rank: --out, the newest run to resume, or the next free number."""
-    if args.out is None and args.resume not in (None, "newest"):
-        args.out = Path(args.resume).resolve().parent.parent  # the run that saved this state
-    elif args.out is None:
-        runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
-        number = int(runs[-1].name[-3:]) if runs else -1
-        if args.resume and not runs:
-            raise InputError(f"--resume: there is no runs/{script}-{args.model}-NNN; name the run folder with --out")
-        args.out = Path("runs") / f"{script}-{args.model}-{number + (0 if args.resume else 1):03d}"
-    elif (args.out / "config.json").exists() and not args.resume:
-        raise InputError(f"{args.out} already holds a run: pass --resume to continue it or another --out")
+    """The folder of this run, the same on every rank: --out, the run of the state to resume, or the next free number."""
+    runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
+    if args.out is not None:
+        if (args.out / "config.json").exists() and not args.resume:
+            raise InputError(f"{args.out} already holds a run: pass --resume to continue it or another --out")
+    elif args.resume == "newest":
+        runs = [run for run in runs if complete_states(run / "state")]
+        if not runs:
+            raise InputError(f"--resume: no runs/{script}-{args.model}-NNN holds a complete state; pass --out")
+        args.out = runs[-1]
+    elif args.resume:
+        args.out = Path(args.resume).resolve().parent.parent
+        if not (args.out / "config.json").exists():
+            raise InputError(f"--resume {args.resume}: not inside a run folder; pass the folder to continue in as --out")
+    else:
+        args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
     holder = [args.out]
     dist.broadcast_object_list(holder)
     return holder[0]
@@ -265,9 +273,7 @@ def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> Non
 
 def health(history) -> str:
     """One line about the last iterations: what a person would look for in the curves."""
-    rows = [row for row in history if "margin" in row]
-    if not rows:
-        return "health: no generator update yet"
+    rows = list(history)
     margin = sum(sum(row["margin"]) / len(row["margin"]) for row in rows) / len(rows)
     hinge = sum(row["loss_tau"] for row in rows) / len(rows)
     still = [name for name in ("psi", "theta", "tau") if all(row[f"grad_norm_{name}"] == 0 for row in rows)]
@@ -323,7 +329,7 @@ class Job:
                               for k in range(args.batch_size // (world * M))]
         self.latent_shape = latent_shape(args, row)
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
-        self.history = deque(maxlen=100)
+        self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
         if args.random_weights:
             self.text = self.vae = None
@@ -357,8 +363,10 @@ class Job:
         self.roles, args = roles, self.args
         for role, (params, opt) in roles.items():
             stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
-            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; one step cannot move "
-                   f"{100 * stuck / total:.1f} % of them in float32")
+            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change of that size is "
+                   f"lost to float32 rounding in {100 * stuck / total:.1f} % of them")
+        if bool(args.lora_rank) != bool(self.row.lora_rank) and args.lr_theta == self.row.lr_theta:
+            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {self.row.lora_rank}, not for {args.lora_rank}")
         if args.resume:
             states = complete_states(self.out / "state")
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
@@ -368,13 +376,23 @@ class Job:
             progress = load_state(path, roles)
             self.gen_iter, self.global_iter, self.skipped = (progress[k] for k in ("gen_iter", "global_iter", "skipped"))
             print0(f"resumed {path}: generator update {self.gen_iter}")
-        if is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
+        if is_main() and not args.profile:
+            try:
+                self.out.mkdir(parents=True, exist_ok=bool(args.resume) or not (self.out / "config.json").exists())
+            except FileExistsError:
+                raise InputError(f"{self.out}: another run has taken this folder meanwhile; start again") from None
+            # What an abandoned branch has left behind goes, as its metrics do.
+            for state in complete_states(self.out / "state"):
+                if int(state.name[5:]) > self.global_iter:
+                    shutil.rmtree(state)
             truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
             config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
                           world_size=dist.get_world_size())
             (self.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.out)
         self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it", dynamic_ncols=True)
         self.stop = False
         signal.signal(signal.SIGTERM, self._request_stop)
@@ -400,13 +418,14 @@ class Job:
         return Log()
 
     def phase(self, name: str) -> None:
-        """Close a phase of the iteration: with --profile its seconds and peak memory are kept."""
+        """Close a phase of the iteration: --profile keeps its seconds, without the first iteration's, and its peak memory."""
         if self.args.profile:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
                 self.gib[name] = max(self.gib[name], torch.cuda.max_memory_allocated() / 2 ** 30)
                 torch.cuda.reset_peak_memory_stats()
-            self.seconds[name] += time.perf_counter() - self.lap
+            if self.global_iter > 1 or self.args.profile == 1:
+                self.seconds[name] += time.perf_counter() - self.lap
             self.lap = time.perf_counter()
 
     def end(self, log: Log, gen_iter: int) -> bool:
@@ -418,14 +437,15 @@ class Job:
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
                   seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
-        self.history.append(log.row)
-        if is_main():
+        if is_main() and not args.profile:
             append_jsonl(self.out / "metrics.jsonl", log.row)
+            for name, value in log.row.items() if self.board else ():
+                self.board.add_scalar(name, sum(value) / len(value) if isinstance(value, list) else value, self.global_iter)
         if due:
+            self.history.append(log.row)
             self.bar.update()
-            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {sum(log.row['margin']) / len(log.row['margin']):+.4f}"
-                                     if "margin" in log.row else f"psi {log.row['loss_psi']:.3f}")
-            if gen_iter % 100 == 0:
+            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {sum(log.row['margin']) / len(log.row['margin']):+.4f}")
+            if gen_iter % 100 == 0 and is_main():
                 self.bar.write(f"{gen_iter}: {health(self.history)}")
         stop = any_rank(self.stop) or self.bad >= MAX_BAD
         if not args.profile and (stop or due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)):
@@ -486,26 +506,29 @@ class Job:
             print(f"pictures: {self.out / 'compare.png'}, generator: {self.out}", flush=True)
 
     def print_profile(self) -> None:
-        samples = self.args.max_iter * sum(len(m) for m in self.micro_batches)
-        for name, seconds in self.seconds.items():
-            print0(f"{name:14} {seconds / self.args.max_iter:8.3f} s/it" + (f"  peak {self.gib[name]:6.2f} GiB" if self.gib else ""))
-        print0(f"{'iteration':14} {sum(self.seconds.values()) / self.args.max_iter:8.3f} s/it  peak "
-               f"{max(row['gib'] for row in self.history):6.2f} GiB (rank 0{', host memory' * (self.device.type == 'cpu')})")
+        iterations, samples = max(1, self.args.profile - 1), self.global_iter * sum(map(len, self.micro_batches))
+        lines = [(name, seconds / iterations, self.gib.get(name)) for name, seconds in self.seconds.items()]
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        lines.append(("iteration", sum(self.seconds.values()) / iterations, max(self.gib.values(), default=None)))
+        for name, seconds, gib in lines:
+            print0(f"{name:14} {seconds:8.3f} s/it" + (f"  peak {gib:6.2f} GiB" if gib else ""))
+        print0(f"peak host memory of rank 0: {host:.2f} GiB")
         print0("network evaluations per sample and iteration: "
                + ", ".join(f"{name} {count / samples:.2f}" for name, count in self.evaluations.items()))
 
 
 def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
-    """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all weights in the original
-    single-file layout with the checkpoint's other groups (VAE, text encoders) unchanged."""
-    metadata = {"steps": str(args.steps), "shift": str(row.shift), "model": args.model}
+    """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all weights in the
+    original single-file layout with the checkpoint's other groups (VAE, text encoders) unchanged."""
+    metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift)}
     if G_theta.lora:
         lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)
         lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, G_theta.lora[0], metadata)
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
-    weights = {DENOISER + name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named) if is_main()}
+    weights = {DENOISER + name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
     if is_main():
         tensors = source(args, row)
         others = {name: tensors[name] for name in tensors.shapes if not name.startswith(DENOISER)}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
+    any_rank(False)  # the others wait here for the writing, on gloo, which is more patient than nccl

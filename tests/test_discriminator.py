@@ -46,7 +46,7 @@ def test_heads_shrink_to_8_and_twice_where_the_map_allows():
 
 def test_backbone_is_the_teacher_and_is_not_registered():
     F_phi, D_tau = small_discriminator()
-    assert D_tau.backbone[0].net is F_phi.net
+    assert D_tau.F_phi.net is F_phi.net
     teacher = {p.data_ptr() for p in F_phi.net.parameters()}
     assert all(p.data_ptr() not in teacher for p in D_tau.parameters())
     assert all(name.startswith("heads.") for name in D_tau.state_dict())

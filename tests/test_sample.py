@@ -161,7 +161,7 @@ def test_the_exported_file_is_the_source_but_for_the_denoiser(full):
     assert changed and all(name.startswith(DENOISER) for name in changed)
     for name in source:
         assert export[name].dtype == (torch.float32 if name.startswith(DENOISER) else source[name].dtype), name
-    assert export.metadata["steps"] == str(N) and export.metadata["model"] == "tiny-sd3"
+    assert export.metadata["dmdx.steps"] == str(N) and export.metadata["dmdx.model"] == "tiny-sd3"
 
 
 def test_export_again_in_another_dtype(tmp_path, full):
