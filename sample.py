@@ -58,7 +58,7 @@ def from_run_folder(args) -> None:
 
 def exported(args) -> dict[str, str]:
     """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.shift."""
-    files = [path for path in (args.ckpt, args.lora) if path]
+    files = [path for path in (args.ckpt, args.lora) if path and path.is_file()]
     return {key: value for path in files for key, value in open_tensors(path).metadata.items() if key.startswith("dmdx.")}
 
 
@@ -70,7 +70,7 @@ def main(args):
     row = run.resolve_model(args)
     run.at_least_1(args, ("count", "steps", "batch"))
     net = run.load_network(args, row, mesh, device)
-    metadata = exported(args)
+    metadata = run.source(args, row).metadata | exported(args)
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net), args.lora_scale)
     student = "dmdx.steps" in metadata
