@@ -154,6 +154,21 @@ def test_both_lora_files_give_the_pictures_of_the_run(tmp_path, adapter):
     assert difference(pictures(tmp_path / "off", "--lora", adapter / name, "--lora-scale", 0), images) > 1
 
 
+def test_an_export_knows_its_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny-other", ROW)
+    out = train(tmp_path / "run", "--model", "tiny-other", "--lora-rank", 1)
+    for flags in (["--ckpt", out], ["--lora", out / "generator_lora.safetensors"]):
+        assert pictures(tmp_path / "out", *flags, "--count", 1)[0].text["model"] == "tiny-other"
+
+
+def test_a_local_copy_of_a_repository_of_several_checkpoints(tmp_path):
+    (tmp_path / "copy").mkdir()
+    for name in (ROW.file, "of_another_kind.safetensors"):
+        (tmp_path / "copy" / name).symlink_to(ROW.ckpt)
+    images = pictures(tmp_path / "out", "--ckpt", tmp_path / "copy", "--steps", 1, "--count", 2)
+    assert difference(images, pictures(tmp_path / "default", "--steps", 1, "--count", 2)) == 0
+
+
 def test_the_exported_file_is_the_source_but_for_the_denoiser(full):
     source, export = open_tensors(ROW.ckpt), open_tensors(full / "generator.safetensors")
     assert export.shapes == source.shapes
