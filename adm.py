@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn.functional import mse_loss, relu
 
-from models import run
+from models import networks, run
 from models.data import noise, uniform
 from models.diffusion import Denoiser, delta_t, dmd_loss, generator_times, ode_step, q, random_time, solve, target
 from models.parallel import adamw, init_distributed, set_trainable, update
@@ -42,7 +42,7 @@ def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     row = run.resolve(args)
     job = run.Job("adm", args, row, mesh, device)
-    load = partial(run.load_network, args, row, mesh, device)
+    load = partial(networks.load_network, args, row, mesh, device)
 
     # Everything starts as the teacher. Adapters and D_tau share its module, never a copy of it.
     adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
@@ -57,8 +57,8 @@ def main(args):
         f_psi = replace(F_phi, lora=("fake",))
     else:
         f_psi = replace(F_phi, net=load(trainable=True))
-    D_tau = run.new_discriminator(args, row, F_phi, mesh, device)
-    psi, theta, tau = run.trainables(f_psi), run.trainables(G_theta), run.trainables(D_tau)
+    D_tau = networks.new_discriminator(args, row, F_phi, mesh, device)
+    psi, theta, tau = networks.trainables(f_psi), networks.trainables(G_theta), networks.trainables(D_tau)
     opt_psi, opt_theta, opt_tau = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta), adamw(tau, args.lr_tau)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
     if args.profile:

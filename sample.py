@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from models import lora, run, sampling
+from models import lora, networks, run, sampling
 from models.checkpoint import InputError, open_tensors
 from models.data import read_prompts, save_grid, save_png
 from models.diffusion import Denoiser, generator_times, teacher_times
@@ -69,8 +69,8 @@ def main(args):
     args.model = args.model or exported(args).get("dmdx.model", "tiny-sd3")
     row = run.resolve_model(args)
     run.at_least_1(args, ("count", "steps", "batch"))
-    net = run.load_network(args, row, mesh, device)
-    metadata = run.source(args, row).metadata | exported(args)
+    net = networks.load_network(args, row, mesh, device)
+    metadata = networks.source(args, row).metadata | exported(args)
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net), args.lora_scale)
     student = "dmdx.steps" in metadata
@@ -81,9 +81,9 @@ def main(args):
 
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
-    text, vae = run.load_text(args, row, mesh, device), run.load_vae(args, row, device)
+    text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
     F = Denoiser(net, row.predicts, row.schedule)
-    images = sampling.generate(F, text, vae, prompts, tn, run.latent_shape(args, row), args.seed, None if cfg == 1 else cfg, args.batch)
+    images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed, None if cfg == 1 else cfg, args.batch)
     if is_main():
         for i, (image, prompt) in enumerate(zip(images, prompts)):
             save_png(args.out / f"{i:03d}.png", image, dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps),

@@ -1,10 +1,12 @@
-"""Diffusion core: Eqs. (1)-(3) and (5)-(6), prediction types, classifier-free guidance, one PF-ODE step, time schedules.
+"""Diffusion core: Eqs. (1)-(3), (5), (6), prediction types, classifier-free guidance, PF-ODE, time schedules.
 
-Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to (alpha, sigma):
-"flow" (SD3: alpha = 1 - t, sigma = t) or "sdxl" (scaled-linear DDPM betas on the grid i/1000). What a network predicts is a
-string too: "velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0). The file stands alone: torch.
+Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to
+(alpha, sigma): "flow" (SD3: alpha = 1 - t, sigma = t) or "sdxl" (scaled-linear DDPM betas on the grid
+i/1000). What a network predicts is a string too: "velocity" (eps - x_0, flow path), "epsilon", or "v"
+(alpha * eps - sigma * x_0). The file stands alone: torch.
 
-Symbols: x_0 clean latent, eps noise, x_t noisy latent (B C H W or B T C H W), t and s = t - dt times (B,), c condition.
+Symbols: x_0 clean latent, eps noise, x_t noisy latent (B C H W or B T C H W), t and s = t - dt times (B,),
+c condition.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network in one role. Schedule and prediction type belong to the role, not to the model: after ADP the generator of an
-    epsilon model predicts velocity on the straight path. `lora` names the adapter of this role, () for the weights as they are."""
+    """A network in one role. Schedule and prediction type belong to the role, not to the model: after ADP the
+    generator of an epsilon model predicts velocity on the straight path. `lora` names the role's adapter, ()
+    for the weights as they are."""
     net: Callable
     predicts: str = "velocity"
     schedule: str = "flow"
@@ -28,11 +31,11 @@ class Denoiser:
         return self.net(x_t, t, c, lora=self.lora).to(x_t.dtype)
 
 
-# ---- schedules ----------------------------------------------------------------------------------------------------
+# ---- schedules ---------------------------------------------------------------------------------------------
 
 @cache
 def ddpm_table(schedule: str) -> Tensor:
-    """(alpha, sigma) at t = i/1000, i = 0..1000, as (2 1001) float32; i = 0 is the clean end, i >= 1 is alphas_cumprod[i-1]."""
+    """(alpha, sigma) at t = i/1000, (2 1001) float32: i = 0 is the clean end, i >= 1 alphas_cumprod[i-1]."""
     if schedule != "sdxl":
         raise ValueError(f"unknown schedule {schedule!r}: expected 'flow' or 'sdxl'")
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
@@ -51,7 +54,7 @@ def alpha_sigma(schedule: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def delta_t(schedule: str) -> float:
-    """dt = T/64 (Sec. 4.1); 16/1000 on the DDPM grid, so that no network sees a time it was not trained on.  # [choice]"""
+    """dt = T/64 (Sec. 4.1); 16/1000 on the DDPM grid: networks see only times they trained on.  # [choice]"""
     return 1 / 64 if schedule == "flow" else 16 / 1000
 
 
@@ -68,22 +71,22 @@ def shift_time(u: Tensor, shift: float) -> Tensor:
 
 
 def generator_times(steps: int, shift: float) -> Tensor:
-    """The generator's schedule {t_0 = 0, ..., t_N = 1}, indexed so that tn[n] is t_n; N + 1 values.  # [choice]
+    """The generator's schedule {t_0 = 0, ..., t_N = 1}: N + 1 values, tn[n] being t_n.  # [choice]
 
-    Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5 (ComfyUI's sgm_uniform). The teachers'
-    own spacing would start its last step at 0.009 and waste it."""
+    Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5 (ComfyUI's
+    sgm_uniform). The teachers' own spacing would start its last step at 0.009 and waste it."""
     return shift_time(torch.linspace(0, 1, steps + 1), shift)
 
 
 def teacher_times(steps: int, shift: float) -> Tensor:
-    """The original SD3 sampler's sigmas, ascending: 0 and N values; the end points are shifted once before the linear spacing and
-    once after it, as the published sampler does."""
+    """The original SD3 sampler's sigmas, ascending: 0 and N values; the end points are shifted once before
+    the linear spacing and once after it, as the published sampler does."""
     ends = shift_time(torch.tensor([1.0, 0.001]), shift)
     descending = shift_time(torch.linspace(ends[0].item(), ends[1].item(), steps), shift)
     return torch.cat([torch.zeros(1), descending.flip(0)])
 
 
-# ---- Eqs. (1)-(3) -------------------------------------------------------------------------------------------------
+# ---- Eqs. (1)-(3) ------------------------------------------------------------------------------------------
 
 def q(schedule: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """A sample of q(x_t | x_0) with noise eps, Eq. (1)."""
@@ -101,20 +104,23 @@ def target(predicts: str, schedule: str, x_0: Tensor, t: Tensor, eps: Tensor) ->
     return alpha * eps - sigma * x_0
 
 
-def to_x_0_eps(predicts: str, schedule: str, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def to_x_0_eps(predicts: str, schedule: str, prediction: Tensor, x_t: Tensor,
+               t: Tensor) -> tuple[Tensor, Tensor]:
     """The estimates (x_0, eps) that a prediction stands for: the inverse of `target` given x_t."""
     alpha, sigma = alpha_sigma(schedule, t, x_t)
     if predicts == "epsilon":
         return (x_t - sigma * prediction) / alpha, prediction
     if predicts == "velocity":
         return x_t - sigma * prediction, x_t + alpha * prediction
-    return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction  # never divides by alpha, which is 0 at zero SNR
+    # Never divides by alpha, which is 0 at zero SNR.
+    return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
 
 
-# ---- the PF-ODE ---------------------------------------------------------------------------------------------------
+# ---- the PF-ODE --------------------------------------------------------------------------------------------
 
 def guided(F: Denoiser, x_t: Tensor, t: Tensor, c: tuple, c_null: tuple, w: Tensor) -> Tensor:
-    """Classifier-free guidance on the raw prediction, uncond + w * (cond - uncond), every channel; w (B,), c_null of batch 1."""
+    """Classifier-free guidance, uncond + w * (cond - uncond), of the raw prediction's every channel; w (B,),
+    c_null of batch 1."""
     both = tuple(torch.cat([a, b.expand_as(a)]) for a, b in zip(c, c_null))
     cond, uncond = F(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return uncond + w.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1)) * (cond - uncond)
@@ -122,9 +128,10 @@ def guided(F: Denoiser, x_t: Tensor, t: Tensor, c: tuple, c_null: tuple, w: Tens
 
 def ode_step(F: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, c: tuple, c_null: tuple | None = None,
              w: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One PF-ODE step t -> s of F: (x_s, and the end point x_0 that Eq. (5) calls F(x_t, t)). w: guidance scales, None for none.
+    """One PF-ODE step t -> s of F: (x_s, and the end point x_0 that Eq. (5) calls F(x_t, t)).
 
-    x_s = alpha_s * x_0 + sigma_s * eps is DDIM on a DDPM schedule and the Euler step on the flow path."""
+    x_s = alpha_s * x_0 + sigma_s * eps is DDIM on a DDPM schedule and the Euler step on the flow path.
+    w: guidance scales, None for none."""
     t, s = t.expand(x_t.shape[0]), s.expand(x_t.shape[0])
     prediction = F(x_t, t, c) if w is None else guided(F, x_t, t, c, c_null, w)
     x_0, eps = to_x_0_eps(F.predicts, F.schedule, prediction, x_t, t)
@@ -132,7 +139,8 @@ def ode_step(F: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, c: tuple, c_null: t
     return alpha_s * x_0 + sigma_s * eps, x_0
 
 
-def solve(F: Denoiser, x: Tensor, tn: Tensor, c: tuple, c_null: tuple | None = None, w: Tensor | None = None) -> Tensor:
+def solve(F: Denoiser, x: Tensor, tn: Tensor, c: tuple, c_null: tuple | None = None,
+          w: Tensor | None = None) -> Tensor:
     """PF-ODE from the last of the ascending times tn down to the first; deterministic, no re-noising."""
     for t, s in zip(tn.flip(0)[:-1], tn.flip(0)[1:]):
         x, _ = ode_step(F, x, t, s, c, c_null, w)
@@ -140,10 +148,11 @@ def solve(F: Denoiser, x: Tensor, tn: Tensor, c: tuple, c_null: tuple | None = N
 
 
 def dmd_loss(x_hat_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
-    """Eqs. (5), (6): half the squared distance to a stopped target whose gradient is Eq. (5). The L1 norm is a mean over each sample
-    on its own, as in DMD2's code, so that one sample's scale never depends on its neighbours."""  # [choice]
+    """Eqs. (5), (6): half the squared distance to a stopped target whose gradient is Eq. (5). The L1 norm is
+    a mean over each sample alone, as in DMD2's code: its scale depends on no neighbour."""  # [choice]
     with torch.no_grad():
         dims = tuple(range(1, x_hat_0.ndim))
-        grad = (x_0_fake - x_0_real) / (x_hat_0 - x_0_real).abs().mean(dims, keepdim=True).clamp_min(1e-8)  # Eq. (5)
+        norm = (x_hat_0 - x_0_real).abs().mean(dims, keepdim=True).clamp_min(1e-8)
+        grad = (x_0_fake - x_0_real) / norm  # Eq. (5)
         stopped = x_hat_0 - grad
     return 0.5 * (x_hat_0 - stopped).square().mean()  # Eq. (6)

@@ -1,7 +1,8 @@
 """D_tau: trainable heads on the features of a frozen latent diffusion backbone (Sec. 4.1, App. B.1).
 
-The backbone is the teacher's module itself, never a copy. It is held as the Denoiser F_phi, which is no nn.Module: parameters(),
-state_dict() and FSDP see the heads alone. One logit per head and sample: the spatial mean of the head's map. Shapes: B batch, D width of a map, h w its size.
+The backbone is the teacher's module itself, never a copy. It is held as the Denoiser F_phi, which is no
+nn.Module: parameters(), state_dict() and FSDP see the heads alone. One logit per head and sample: the spatial
+mean of the head's map. Shapes: B batch, D width of a map, h w its size.
 """
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from models.diffusion import Denoiser
 
 
 def shrink_count(side: int) -> int:
-    """How many halvings a 2D head makes: until the short side is <= 8, two at least where the map allows."""  # [choice]
+    """Halvings of a 2D head: until the short side is <= 8, two at least where the map allows."""  # [choice]
     count = 0
     while side > 8 or (count < 2 and side >= 2):
         side, count = side // 2, count + 1
@@ -18,13 +19,14 @@ def shrink_count(side: int) -> int:
 
 
 class Head2d(nn.Module):
-    """Blocks of [4x4 conv stride 2, GroupNorm 32, SiLU] and a 1x1 conv to one channel (App. B.1): (B D h w) -> (B,)."""
+    """n x [4x4 conv stride 2, GroupNorm 32, SiLU], 1x1 conv to one channel (App. B.1): (B D h w) -> (B,)."""
 
     def __init__(self, channels: int, short_side: int, width: int):
         super().__init__()
         layers = []
         for i in range(shrink_count(short_side)):
-            layers += [nn.Conv2d(width if i else channels, width, 4, stride=2, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
+            layers += [nn.Conv2d(width if i else channels, width, 4, stride=2, padding=1),
+                       nn.GroupNorm(32, width), nn.SiLU()]
         self.shrink = nn.Sequential(*layers)
         self.logit = nn.Conv2d(width, 1, 1)
 
@@ -33,9 +35,11 @@ class Head2d(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Latent discriminator: a head on each tapped block of F_phi. `map_shapes`: (D, h, w) of each tap; width: of the heads."""
+    """Latent discriminator: a head on each tapped block of F_phi. `map_shapes`: (D, h, w) of each tap; width:
+    of the heads."""
 
-    def __init__(self, F_phi: Denoiser, taps: tuple[int, ...], map_shapes: list[tuple[int, int, int]], width: int = 256):
+    def __init__(self, F_phi: Denoiser, taps: tuple[int, ...], map_shapes: list[tuple[int, int, int]],
+                 width: int = 256):
         super().__init__()
         self.F_phi = F_phi
         self.taps = taps

@@ -1,11 +1,12 @@
-"""MMDiT, the denoiser of Stable Diffusion 3 and 3.5 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
+"""MMDiT, the denoiser of SD3 and SD3.5 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
 
-Attribute names are the tensor names of the original single files (`model.diffusion_model.` stripped), so that loading needs
-no key map. One class serves SD3-Medium (24 blocks), SD3.5-Medium (query/key norm and a second image attention in
-blocks 0..12), SD3.5-Large (38 blocks, query/key norm) and the tiny default; `config_from_shapes` tells them apart.
-The file stands alone: torch and einops.
+Attribute names are the tensor names of the original single files (`model.diffusion_model.` stripped), so that
+loading needs no key map. One class serves SD3-Medium (24 blocks), SD3.5-Medium (query/key norm and a second
+image attention in blocks 0..12), SD3.5-Large (38 blocks, query/key norm) and the tiny default;
+`config_from_shapes` tells them apart. The file stands alone: torch and einops.
 
-Shapes: B batch, C latent channels, H W latent size, h w = H/patch W/patch, L text tokens, S image tokens, D width, N heads.
+Shapes: B batch, C latent channels, H W latent size, h w = H/patch W/patch, L text tokens, S image tokens,
+D width, N heads.
 """
 import math
 
@@ -16,7 +17,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention over (B N L D) without mask: the seam that sequence parallelism replaces (`block.attend = ...`)."""
+    """Full attention over (B N L D), no mask: the seam for sequence parallelism (`block.attend = ...`)."""
     return scaled_dot_product_attention(q, k, v)
 
 
@@ -51,7 +52,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one stream. `reduced`: the last text block feeds the attention but receives nothing back."""
+    """Projections of one stream. `reduced`: the last text block feeds the attention but gets nothing back."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, reduced: bool = False):
         super().__init__()
@@ -105,7 +106,7 @@ class StreamBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One FSDP and checkpointing unit: text and image tokens with their own weights and one common attention."""
+    """One FSDP and checkpointing unit: text and image tokens with weights of their own and one attention."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, attn2: bool, last: bool):
         super().__init__()
@@ -116,10 +117,10 @@ class JointBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, c: Tensor, lora: tuple) -> tuple[Tensor, Tensor]:
         xb, cb = self.x_block, self.context_block
-        mx, mc = xb.modulation(c), cb.modulation(c)  # shift, scale, gate of attention, the same of mlp (and of attn2)
+        mx, mc = xb.modulation(c), cb.modulation(c)  # shift, scale, gate of attention, then mlp (then attn2)
         qkv_x = xb.attn.project(modulate(x, mx[0], mx[1]), lora)
         qkv_c = cb.attn.project(modulate(context, mc[0], mc[1]), lora)
-        joint = self.attend(*(torch.cat(pair, dim=2) for pair in zip(qkv_c, qkv_x)))  # B N L+S D/N, text first
+        joint = self.attend(*(torch.cat(p, dim=2) for p in zip(qkv_c, qkv_x)))  # B N L+S D/N, text first
         joint = rearrange(joint, "B N L D -> B L (N D)")
         attention_c, attention_x = joint.split([context.shape[1], x.shape[1]], dim=1)
 
@@ -147,8 +148,8 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Velocity network of SD3. Build it with `MMDiT(**config_from_shapes(shapes))`."""
 
-    def __init__(self, depth: int, width: int, heads: int, patch: int, in_channels: int, pos_grid: int, context_dim: int,
-                 pooled_dim: int, qk_norm: bool, attn2: tuple[int, ...]):
+    def __init__(self, depth: int, width: int, heads: int, patch: int, in_channels: int, pos_grid: int,
+                 context_dim: int, pooled_dim: int, qk_norm: bool, attn2: tuple[int, ...]):
         super().__init__()
         self.patch, self.pos_grid, self.depth = patch, pos_grid, depth
         # A table stored in the checkpoint, not a weight: the originals never train it.
@@ -165,13 +166,14 @@ class MMDiT(nn.Module):
         return list(self.joint_blocks)
 
     def tap_shapes(self, H: int, W: int) -> dict[int, tuple[int, int, int]]:
-        """The discriminator's taps, every block (App. B.1), and their maps' (D, h, w) at latent size H x W."""
+        """The discriminator's taps, every block (App. B.1), and their maps' (D, h, w) at latent size H W."""
         return {i: (self.pos_embed.shape[-1], H // self.patch, W // self.patch) for i in range(self.depth)}
 
     def crop_pos_embed(self, h: int, w: int) -> Tensor:
         """The centred h x w window of the stored position table: (1 S D)."""
         if max(h, w) > self.pos_grid:
-            raise ValueError(f"{h} x {w} patches exceed the model's position table of {self.pos_grid} x {self.pos_grid}")
+            raise ValueError(f"{h} x {w} patches exceed the model's position table of "
+                             f"{self.pos_grid} x {self.pos_grid}")
         table = rearrange(self.pos_embed, "1 (H W) D -> H W D", H=self.pos_grid)
         top, left = (self.pos_grid - h) // 2, (self.pos_grid - w) // 2
         return table[top:top + h, left:left + w].reshape(1, h * w, -1)
@@ -180,20 +182,21 @@ class MMDiT(nn.Module):
                 lora: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
         """Velocity (B C H W) at x_t (B C H W), t (B,) in [0, 1] and cond = (context (B L D_c), pooled (B P)).
 
-        With `taps`, the image maps (B D h w) leaving these blocks instead, and nothing after the last of them is computed.
-        `lora`: () for the weights as they are, (name,) to add that adapter. It is an argument and not a state of the
-        module, because activation checkpointing replays the forward when another role may be active.
+        With `taps`, the image maps (B D h w) leaving these blocks instead; nothing after the last one is run.
+        `lora`: () for the weights as they are, (name,) to add that adapter. It is an argument and not a state
+        of the module, because activation checkpointing replays the forward when another role may be active.
         Raises ValueError for a latent size that is no multiple of the patch or exceeds the position table.
         """
         context, pooled = cond
         dtype = self.context_embedder.weight.dtype
         if x_t.shape[-2] % self.patch or x_t.shape[-1] % self.patch:
-            raise ValueError(f"latent {x_t.shape[-2]} x {x_t.shape[-1]} is no multiple of the patch size {self.patch}")
+            raise ValueError(f"latent {x_t.shape[-2]} x {x_t.shape[-1]} is no multiple of the patch size "
+                             f"{self.patch}")
         c = self.t_embedder(timestep_embedding(1000 * t).to(dtype)) + self.y_embedder(pooled.to(dtype))  # B D
         context = self.context_embedder(context.to(dtype))  # B L D
         x = self.x_embedder(x_t.to(dtype))  # B D h w
         h, w = x.shape[-2:]
-        # Contiguous here once: elementwise results keep the strides of their input, and every LayerNorm would copy.
+        # Contiguous once: elementwise results keep their input's strides, and every LayerNorm would copy.
         x = rearrange(x, "B D h w -> B (h w) D").contiguous() + self.crop_pos_embed(h, w).to(dtype)
 
         maps = []
@@ -203,11 +206,12 @@ class MMDiT(nn.Module):
                 maps.append(rearrange(x, "B (h w) D -> B D h w", h=h))
         if taps:
             return maps
-        return rearrange(self.final_layer(x, c), "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=self.patch, q=self.patch)
+        x = self.final_layer(x, c)
+        return rearrange(x, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=self.patch, q=self.patch)
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Constructor arguments of MMDiT from the shapes of a checkpoint's tensors (prefix stripped); heads = depth."""
+    """Arguments of MMDiT from the shapes of a checkpoint's tensors (prefix stripped); heads = depth."""
     width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("joint_blocks."))
     return dict(

@@ -1,7 +1,7 @@
-"""Many GPUs, one GPU or a CPU by the same lines: process group, FSDP2 sharding, sharded loading, updates, save and resume.
+"""Many GPUs, one or a CPU by the same lines: processes, FSDP2 sharding, loading, updates, save and resume.
 
-Parameters and optimizer state stay float32, computation is bf16 on GPUs (FSDP's mixed precision). At learning rates of 1e-7 and
-1e-8 bf16 weights could not move; `count_stuck` tells how many float32 weights cannot either.
+Parameters and optimizer state stay float32, computation is bf16 on GPUs (FSDP's mixed precision). At learning
+rates of 1e-7 and 1e-8 bf16 weights could not move; `count_stuck` counts the float32 ones that cannot either.
 """
 import json
 import math
@@ -29,13 +29,13 @@ from models.checkpoint import InputError, Tensors, check_names
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, DeviceMesh]:
     """Process group and mesh, the same for torchrun and for a plain `python`: (device of this rank, mesh).
 
-    The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks holds one copy of every network (HSDP).
-    Default: the ranks of one node. Raises InputError when the world size is no multiple of it."""
+    The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks (default: those of one
+    node) holds one copy of every network (HSDP). Raises InputError when it does not divide the world size."""
     if "RANK" not in os.environ:  # not started by torchrun: a group of one that needs no port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
@@ -46,8 +46,8 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
         world = int(os.environ["WORLD_SIZE"])
         store = dist.HashStore() if world == 1 else None
         # gloo serves the CPU tensors of --offload beside nccl.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=int(os.environ["RANK"]),
-                                world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=int(os.environ["RANK"]), world_size=world)
     shard_ranks = shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if shard_ranks < 1 or dist.get_world_size() % shard_ranks:
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
@@ -78,18 +78,20 @@ def any_rank(flag: bool) -> bool:
     return value.item() > 0
 
 
-# ---- sharding -----------------------------------------------------------------------------------------------------
+# ---- sharding ----------------------------------------------------------------------------------------------
 
-def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False, checkpointing: bool = False) -> nn.Module:
-    """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload, and non-reentrant
-    activation checkpointing inside each unit. In place, also on `meta`."""
+def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False,
+          checkpointing: bool = False) -> nn.Module:
+    """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload,
+    and non-reentrant activation checkpointing inside each unit. In place, also on `meta`."""
     cuda = mesh.device_type == "cuda"
     options = dict(
         mesh=mesh if mesh.shape[0] > 1 else mesh["shard"],
         # Inputs are cast by the networks themselves: FSDP would round the time t to bf16 too.
-        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                       cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
-        # The root too: it would otherwise keep its gathered weights past an optimizer step whenever a no-grad forward came last.
+        # The root too, or it keeps its gathered weights past an optimizer step after a no-grad forward.
         reshard_after_forward=True)
     for block in net.blocks():
         if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
@@ -99,8 +101,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
 
 
 def settle(net: nn.Module) -> None:
-    """Have FSDP initialise now and not at the first forward, where parameters that are frozen for a phase would count as never
-    trained and have their gradients reduced in bf16."""
+    """Have FSDP initialise now and not at the first forward, where parameters that are frozen for a phase
+    would count as never trained and have their gradients reduced in bf16."""
     net._get_fsdp_state()._lazy_init()
 
 
@@ -113,9 +115,9 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
 
 
 def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> None:
-    """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers always on the device.
+    """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers on the device.
 
-    Whatever will be trained must require its gradient now: FSDP settles here in which dtype gradients are reduced."""
+    Whatever will be trained must require its gradient now: FSDP settles here the dtype of their reduction."""
     net.to_empty(device="cpu" if offload else device)
     settle(net)
     for module in net.modules():
@@ -126,8 +128,9 @@ def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> 
 
 @torch.no_grad()
 def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ()) -> None:
-    """Fill a materialised network from a checkpoint, each rank reading only its own rows. Strict: raises InputError for missing,
-    extra or mis-shaped tensors; adapters (`.lora_`), which no base checkpoint holds, are left alone."""
+    """Fill a materialised network from a checkpoint, each rank reading only its own rows. Strict: raises
+    InputError for missing, extra or mis-shaped tensors. Adapters (`.lora_`), which no base checkpoint holds,
+    are left alone."""
     own = {name: p for name, p in [*net.named_parameters(), *net.named_buffers()] if ".lora_" not in name}
     check_names(tensors, {name: tuple(p.shape) for name, p in own.items()}, ignore)
     for name, p in own.items():
@@ -143,7 +146,8 @@ def fill_random(net: nn.Module, seed: int) -> None:
     """Weights for --random-weights: normal with deviation 0.02, norms at 1, biases at 0."""
     for i, (name, p) in enumerate([*net.named_parameters(), *net.named_buffers()]):
         local, first = local_rows(p)
-        generator = torch.Generator(local.device).manual_seed(hash((seed, i, first)) % 2 ** 63)  # equal on HSDP's copies
+        # Equal on HSDP's copies.
+        generator = torch.Generator(local.device).manual_seed(hash((seed, i, first)) % 2 ** 63)
         if name.endswith("bias"):
             local.zero_()
         elif local.ndim == 1:
@@ -153,20 +157,21 @@ def fill_random(net: nn.Module, seed: int) -> None:
 
 
 def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU), one at a time and on rank 0 alone; a collective: every rank must run it to the end."""
+    """(name, whole CPU tensor), one at a time, on rank 0 alone; a collective: every rank must exhaust it."""
     for name, p in named:
         whole = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
         if is_main():
             yield name, whole.cpu()
 
 
-# ---- updates ------------------------------------------------------------------------------------------------------
+# ---- updates -----------------------------------------------------------------------------------------------
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no special case."""
+    """AdamW of App. B.5: betas (0, 0.99), no weight decay. State from the start: no special case in saving."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
     for p in params.values():
-        opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        opt.state[p] = {"step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return opt
 
 
@@ -176,9 +181,9 @@ def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
 
 
 def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
-    """Step and clear the gradients that `loss` (detached, this rank's mean) left: (loss over all ranks, gradient norm).
-
-    A non-finite loss or norm skips the step on every rank alike; the caller sees it in the returned values."""
+    """Step and clear the gradients that `loss` (detached, this rank's mean) left: (loss over all ranks,
+    gradient norm). A non-finite loss or norm skips the step on every rank alike; the caller sees it in the
+    returned values."""
     grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm(grads) if grads else torch.zeros(())
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -191,8 +196,9 @@ def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
-    """(float32 weights that a change of lr would not move, all weights), over all ranks. AdamW's steps are about lr large, up to
-    ten times that where a gradient is larger than its past. The bf16 copy that computes moves later still."""
+    """(float32 weights that a change of lr would not move, all weights), over all ranks. AdamW's steps are
+    about lr large, up to ten times that where a gradient is larger than its past. The bf16 copy that computes
+    moves later still."""
     local = [local_rows(p)[0] for p in params]
     counts = torch.tensor([sum(((p - lr) == p).sum().item() for p in local), sum(p.numel() for p in local)])
     dist.all_reduce(counts)
@@ -200,7 +206,7 @@ def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
     return counts[0].item() // copies, counts[1].item() // copies
 
 
-# ---- save and resume ----------------------------------------------------------------------------------------------
+# ---- save and resume ---------------------------------------------------------------------------------------
 
 def _state(roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]]) -> dict[str, Tensor]:
     state = {}
@@ -213,8 +219,9 @@ def _state(roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer
 
 
 def save_state(folder: Path, iteration: int, roles: dict, progress: dict, keep: int = 2) -> Path:
-    """Write the trainable weights, optimizer state and counters to folder/iter_XXXXXXXX through a temporary name: a folder without
-    `.tmp` is complete. roles: name -> (named parameters, optimizer). The `keep` newest are kept."""
+    """Write the trainable weights, optimizer state and counters to folder/iter_XXXXXXXX through a temporary
+    name: a folder without `.tmp` is complete. roles: name -> (named parameters, optimizer). The `keep` newest
+    are kept."""
     final = folder / f"iter_{iteration:08d}"
     temporary = final.with_suffix(".tmp")
     if is_main():
@@ -239,13 +246,16 @@ def complete_states(folder: Path) -> list[Path]:
 
 
 def load_state(path: Path, roles: dict) -> dict:
-    """Read what `save_state` wrote, in place, on the same or another number of ranks; returns its progress. Raises InputError for a
-    state of another model or a damaged one."""
+    """Read what `save_state` wrote, in place, on the same or another number of ranks; returns its progress.
+    Raises InputError for a state of another model or a damaged one."""
     try:
         progress = json.loads((path / "progress.json").read_text())
         dcp.load(_state(roles), checkpoint_id=path)
-    except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception, and its first line says nothing
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+    except (Exception, dcp.CheckpointException) as error:
+        # Torch's own is no Exception, and its first line says nothing.
+        own = isinstance(error, dcp.CheckpointException)
+        cause = next(iter(error.failures.values()))[0] if own else error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a state of this model and these flags, or damaged ({reason})") from error
+        raise InputError(f"{path}: not a state of this model and these flags, or damaged "
+                         f"({reason})") from error
     return progress

@@ -1,6 +1,6 @@
 """One row per model: what the checkpoint is, and the paper's hyper-parameters (Sec. 4.1, App. B.5).
 
-Anything the paper does not state is marked [choice]. A flag left out on the command line takes the row's value.
+What the paper does not state is marked [choice]. A flag left out on the command line takes the row's value.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Preset(NamedTuple):
     ckpt: Path | None                   # local file; None: `file` of the Hugging Face repository `repo`
     repo: str
     file: str
-    text_files: tuple[str, str, str]    # CLIP-L, CLIP-G, T5 in that repository; empty when inside the single file
+    text_files: tuple[str, str, str]    # CLIP-L, CLIP-G, T5 in that repository; empty: inside the single file
     tokenizers: str                     # repository or folder with tokenizer/, tokenizer_2/, tokenizer_3/
     predicts: str                       # what the network outputs, and on which schedule
     schedule: str
@@ -45,7 +45,7 @@ class Preset(NamedTuple):
     prompts: Path | None                # default prompt file
     sample_prompts: tuple[str, ...]
     evaluate: int                       # samples in the closing comparison of teacher and student
-    procedural: bool                    # the data are known exactly, and so is the evaluation (models/tiny.py)
+    procedural: bool                    # data known exactly, and so is the evaluation (models/tiny.py)
 
 
 PROMPTS = (
@@ -64,27 +64,32 @@ PROMPTS = (
 )
 
 TINY_PROMPTS = (
-    "a small red circle on white", "a large blue square on black", "a small yellow triangle on gray", "a large green cross on pink",
-    "a small purple ring on white", "a large orange circle on gray", "a red triangle", "a square on pink",
-    "a large ring", "a blue shape on white", "a small cross", "a shape on black",
+    "a small red circle on white", "a large blue square on black", "a small yellow triangle on gray",
+    "a large green cross on pink", "a small purple ring on white", "a large orange circle on gray",
+    "a red triangle", "a square on pink", "a large ring", "a blue shape on white", "a small cross",
+    "a shape on black",
 )
 
 SD3 = Preset(
-    config=dict(depth=24, width=1536, heads=24, patch=2, in_channels=16, pos_grid=192, context_dim=4096, pooled_dim=2048,
-                qk_norm=False, attn2=()),
+    config=dict(depth=24, width=1536, heads=24, patch=2, in_channels=16, pos_grid=192, context_dim=4096,
+                pooled_dim=2048, qk_norm=False, attn2=()),
     ckpt=None, repo="stabilityai/stable-diffusion-3-medium", file="sd3_medium.safetensors",
-    text_files=("text_encoders/clip_l.safetensors", "text_encoders/clip_g.safetensors", "text_encoders/t5xxl_fp16.safetensors"),
+    text_files=("text_encoders/clip_l.safetensors", "text_encoders/clip_g.safetensors",
+                "text_encoders/t5xxl_fp16.safetensors"),
     tokenizers="stabilityai/stable-diffusion-3-medium-diffusers",
-    predicts="velocity", schedule="flow", latent_channels=16, vae_factor=8, vae_groups=32, vae_shift=0.0609, vae_scale=1.5305,
+    predicts="velocity", schedule="flow",
+    latent_channels=16, vae_factor=8, vae_groups=32, vae_shift=0.0609, vae_scale=1.5305,
     clip_length=77, t5_length=256,
     size=(1024, 1024), shift=3.0, teacher_steps=28, teacher_cfg=7.0,
-    steps=4, cfg=(6.0, 8.0), lora_rank=64, lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6, batch_size=128, micro_batch=4, max_iter=8000,
-    head_width=256, prompts=None, sample_prompts=PROMPTS, evaluate=12, procedural=False)
+    steps=4, cfg=(6.0, 8.0), lora_rank=64, lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6,
+    batch_size=128, micro_batch=4, max_iter=8000, head_width=256,
+    prompts=None, sample_prompts=PROMPTS, evaluate=12, procedural=False)
 
 SD35 = SD3._replace(
     config=SD3.config | dict(depth=38, width=2432, heads=38, qk_norm=True),
     repo="stabilityai/stable-diffusion-3.5-large", file="sd3.5_large.safetensors",
-    tokenizers="stabilityai/stable-diffusion-3.5-large", teacher_cfg=3.5, cfg=(3.0, 4.0), lora_rank=0, lr_theta=1e-8)
+    tokenizers="stabilityai/stable-diffusion-3.5-large",
+    teacher_cfg=3.5, cfg=(3.0, 4.0), lora_rank=0, lr_theta=1e-8)
 
 PRESETS = {
     "sd3-medium": SD3,
@@ -97,11 +102,12 @@ PRESETS = {
     # Learning rates of its own, in the paper's order: D fastest, then fake, then generator.
     "tiny-sd3": SD3._replace(
         sample_prompts=TINY_PROMPTS,
-        config=dict(depth=6, width=96, heads=6, patch=2, in_channels=4, pos_grid=8, context_dim=128, pooled_dim=128,
-                    qk_norm=True, attn2=()),
+        config=dict(depth=6, width=96, heads=6, patch=2, in_channels=4, pos_grid=8, context_dim=128,
+                    pooled_dim=128, qk_norm=True, attn2=()),
         ckpt=HERE / "tiny" / "tiny_sd3.safetensors", repo="", file="tiny_sd3.safetensors", text_files=(),
-        tokenizers=str(HERE / "tiny"), latent_channels=4, vae_factor=4, vae_groups=8, vae_shift=0.0, vae_scale=1.0,
-        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=2, cfg=(2.0, 4.0),
-        teacher_cfg=3.0, lr_theta=2e-5, lr_psi=2e-4, lr_tau=1e-3, batch_size=16, micro_batch=16, max_iter=400, head_width=64,
+        tokenizers=str(HERE / "tiny"),
+        latent_channels=4, vae_factor=4, vae_groups=8, vae_shift=0.0, vae_scale=1.0,
+        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=2, cfg=(2.0, 4.0), teacher_cfg=3.0,
+        lr_theta=2e-5, lr_psi=2e-4, lr_tau=1e-3, batch_size=16, micro_batch=16, max_iter=400, head_width=64,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, procedural=True),
 }

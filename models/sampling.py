@@ -1,4 +1,4 @@
-"""Pictures from a denoiser: used by sample.py and by every training script's sample grids and closing comparison."""
+"""Pictures from a denoiser, for sample.py and every training script's sample grids and closing comparison."""
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,13 +10,14 @@ from models.diffusion import Denoiser, solve
 @torch.no_grad()
 def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, latent_shape: tuple[int, ...],
              seed: int, cfg: float | None = None, batch: int = 8) -> Tensor:
-    """Images (len(prompts) 3 H W) uint8 on the CPU of every rank: sample i starts from the noise of (seed, i).
+    """Images (len(prompts) 3 H W) uint8 on every rank's CPU: sample i starts from the noise of (seed, i).
 
-    tn: ascending times of the ODE's steps; cfg: guidance scale, None for one evaluation a step. The ranks share the work and
-    make equal numbers of forwards, because a sharded network needs all of them at once."""
+    tn: ascending times of the ODE's steps; cfg: guidance scale, None for one evaluation a step. The ranks
+    share the work and make equal numbers of forwards, because a sharded network needs all of them at once."""
     device, world, rank = tn.device, dist.get_world_size(), dist.get_rank()
     per_rank = -(-len(prompts) // world)
-    own = [min(i, len(prompts) - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]  # the last one fills the rest
+    # The last prompt fills the rest.
+    own = [min(i, len(prompts) - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]
     c_null = text.encode([""]) if cfg is not None else None
     images = []
     for start in range(0, per_rank, batch):
@@ -24,7 +25,8 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
         z = noise(latent_shape, seed, 0, "sample", indices).to(device)
         w = torch.full((len(indices),), cfg, device=device) if cfg is not None else None
         x_0 = solve(F, z, tn, text.encode([prompts[i] for i in indices]), c_null, w)
-        images.append(to_uint8(torch.cat([vae.decode(x[None]) for x in x_0])).cpu())  # one at a time: the decoder's activations are large
+        # One at a time: the decoder's activations are large.
+        images.append(to_uint8(torch.cat([vae.decode(x[None]) for x in x_0])).cpu())
     images = torch.cat(images)
     gathered = [torch.empty_like(images) for _ in range(world)]
     dist.all_gather(gathered, images)

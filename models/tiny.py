@@ -28,7 +28,7 @@ from transformers import T5Tokenizer
 
 from models.checkpoint import load, open_tensors, replacing, save_safetensors
 from models.data import noise, save_rows, uniform
-from models.diffusion import Denoiser, generator_times, q, shift_time, solve, target, teacher_times
+from models.diffusion import Denoiser, generator_times, q, solve, target, teacher_times
 from models.mmdit import MMDiT
 from models.text import Cond, SD3Text, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
@@ -364,7 +364,7 @@ def open_teacher(path: Path) -> tuple[MMDiT, AutoencoderKL, SD3Text]:
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path, stop: int | None = None,
           look: Callable | None = None) -> nn.Module:
-    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices of an MMDiT's blocks, which learn twice as fast by it,
+    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices of an MMDiT's blocks, which learn faster by it,
     AdamW for everything else. Returns the moving average of the weights.
 
     Batches depend on the step alone and all else is in out/<name>.pt, so a killed run continues as if never stopped.
@@ -433,7 +433,7 @@ def flow_loss(latents: Tensor, labels: Tensor, table: Cond) -> Callable:
         i = torch.randint(len(latents), (BATCH,), generator=g)
         named = torch.where(torch.rand(BATCH, 4, generator=g) < 0.7, labels[i], -1)
         prompt = torch.where(torch.rand(BATCH, generator=g) < 0.1, len(captions()) - 1, caption_index(named))
-        t = shift_time(torch.rand(BATCH, generator=g), SHIFT)
+        t = torch.sigmoid(0.4 + torch.randn(BATCH, generator=g))  # logit-normal: outlines are decided at t = 0.3 to 0.8
         x_0, eps = latents[i], torch.randn(BATCH, *latents.shape[1:], generator=g)
         v = net(q("flow", x_0, t, eps), t, (table.context[prompt], table.pooled[prompt]))
         return mse_loss(v, target("velocity", "flow", x_0, t, eps))

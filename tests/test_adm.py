@@ -9,7 +9,7 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
-from models import run
+from models import networks
 from models.data import uniform
 from models.diffusion import Denoiser
 from models.parallel import local_rows
@@ -39,8 +39,8 @@ def spy(monkeypatch, on_update):
         mine = {id(p) for group in opt.param_groups for p in group["params"]}
         index = next(i for i, params in enumerate(roles) if {id(p) for p in params.values()} == mine)
         return on_update(("psi", "theta", "tau")[index], roles, lambda: original(opt, loss))
-    run_trainables = run.trainables
-    monkeypatch.setattr(run, "trainables", trainables)
+    run_trainables = networks.trainables
+    monkeypatch.setattr(networks, "trainables", trainables)
     monkeypatch.setattr(adm, "update", update)
 
 
@@ -88,7 +88,7 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
             grads.update({name: local_rows(p.grad)[0].clone() for name, p in roles[1].items()})
         return step()
     spy(monkeypatch, on_update)
-    original = run.load_network
+    original = networks.load_network
 
     def load_network(*args, **named):
         net = original(*args, **named)
@@ -97,7 +97,7 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
                 for name, p in net.named_parameters():
                     local_rows(p)[0].add_(shift["size"] * shift["direction"][name])
         return net
-    monkeypatch.setattr(run, "load_network", load_network)
+    monkeypatch.setattr(networks, "load_network", load_network)
 
     def loss_theta(size):
         shift.update(pending=bool(size), size=size)
@@ -166,11 +166,11 @@ def test_no_evaluation_is_done_twice(tmp_path, capsys):
     one = flops(lambda: train(tmp_path / "1", "--max-iter", 1, *flags))
     n = 1 + int(N * uniform(0, 2, "n", [0]))  # of the second iteration
 
-    net = run.MMDiT(**row.config)
+    net = networks.MMDiT(**row.config)
     taps = net.tap_shapes(row.size[0] // row.vae_factor, row.size[1] // row.vae_factor)
-    D_tau = run.Discriminator(Denoiser(net), tuple(taps), list(taps.values()), row.head_width)
+    D_tau = networks.Discriminator(Denoiser(net), tuple(taps), list(taps.values()), row.head_width)
     x = torch.randn(4, row.latent_channels, row.size[0] // row.vae_factor, row.size[1] // row.vae_factor)
-    t, c = torch.rand(4), (torch.randn(4, run.text_tokens(row), row.config["context_dim"]), torch.randn(4, row.config["pooled_dim"]))
+    t, c = torch.rand(4), (torch.randn(4, networks.text_tokens(row), row.config["context_dim"]), torch.randn(4, row.config["pooled_dim"]))
     maps = [torch.randn(4, *shape) for shape in taps.values()]
     with torch.no_grad():
         forward, features = flops(lambda: net(x, t, c)), flops(lambda: D_tau.features(x, t, c))
@@ -202,7 +202,7 @@ def test_every_line_of_algorithm_1_is_cited_in_order():
 
 
 def test_every_flag_is_used():
-    sources = SCRIPT + (ROOT / "models" / "run.py").read_text() + (ROOT / "models" / "text.py").read_text()
+    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("run.py", "networks.py"))
     fields = PRESETS["tiny-sd3"]._fields
     for name in vars(adm.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in fields, name
