@@ -298,8 +298,8 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
 
 def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
     """Where `file` is: in `ckpt` when that is given (the file or folder itself, or a local copy of `repo`),
-    else downloaded from the Hugging Face repository `repo` as HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE say.
-    A name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
+    else downloaded from the Hugging Face repository `repo` as HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE say. A
+    name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
     if ckpt is not None:
         if not Path(ckpt).exists():
             raise InputError(f"{ckpt}: no such file or folder; expected {file}, as in {repo}")

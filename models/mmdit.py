@@ -106,7 +106,7 @@ class StreamBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One FSDP and checkpointing unit: text and image tokens with weights of their own and one attention."""
+    """One FSDP and checkpointing unit: text and image tokens with own weights and one common attention."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, attn2: bool, last: bool):
         super().__init__()

@@ -91,7 +91,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
-        # The root too, or it keeps its gathered weights past an optimizer step after a no-grad forward.
+        # The root too: else its gathered weights outlive an optimizer step when a no-grad forward came last.
         reshard_after_forward=True)
     for block in net.blocks():
         if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
@@ -167,7 +167,8 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 # ---- updates -----------------------------------------------------------------------------------------------
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW of App. B.5: betas (0, 0.99), no weight decay. State from the start: no special case in saving."""
+    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no
+    special case."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
     for p in params.values():
         opt.state[p] = {"step": torch.tensor(0.0),

@@ -161,10 +161,10 @@ class SD3Text(nn.Module):
     """Prompts -> Cond. Built on `meta` from the shapes in `parts`, filled by `load`, sharded between the two.
 
     Without "t5" in `parts` its `t5_length` tokens are zeros of width `context_dim`, as in diffusers.
-    `t5_length` is exact, 256 in diffusers: all conditions have one shape, and guidance and batches can mix them.
+    `t5_length` is exact, 256 in diffusers: all conditions have one shape, guidance and batches can mix them.
     None is the original's own rule: pad to at least 77 and never truncate, so that a batch is as long as its
     longest prompt. Nothing is masked, so another length is another conditioning. CLIP takes the first 75
-    tokens, as in diffusers; the original differs only by dropping parentheses and in words that straddle it.
+    tokens, as in diffusers; the original only drops parentheses and differs in words that straddle the 75th.
     `heads`: {"clip_l": n, "clip_g": n} where a head is not 64 wide. `device` is where the token ids go.
     Raises InputError for a missing CLIP, another architecture, tokenizers of another vocabulary."""
 

@@ -1,4 +1,5 @@
-"""Speed of models/mmdit.py against diffusers' SD3Transformer2DModel: same weights, input and thread count, alternating in one run.
+"""Speed of models/mmdit.py against diffusers' SD3Transformer2DModel: same weights, input and thread count,
+alternating in one run.
 
     pip install diffusers && OMP_NUM_THREADS=1 python tests/bench_mmdit.py
 
@@ -18,11 +19,12 @@ from models.mmdit import MMDiT  # noqa: E402
 DEPTH, WIDTH, LATENT, TEXT, BATCH, ROUNDS = 6, 384, 32, 154, 2, 15
 
 torch.manual_seed(0)
-ours = MMDiT(depth=DEPTH, width=WIDTH, heads=DEPTH, patch=2, in_channels=16, pos_grid=24, context_dim=512, pooled_dim=256,
-             qk_norm=True, attn2=())
+ours = MMDiT(depth=DEPTH, width=WIDTH, heads=DEPTH, patch=2, in_channels=16, pos_grid=24, context_dim=512,
+             pooled_dim=256, qk_norm=True, attn2=())
 theirs = SD3Transformer2DModel(
-    sample_size=LATENT, patch_size=2, in_channels=16, num_layers=DEPTH, attention_head_dim=WIDTH // DEPTH, pos_embed_max_size=24,
-    num_attention_heads=DEPTH, joint_attention_dim=512, caption_projection_dim=WIDTH, pooled_projection_dim=256, qk_norm="rms_norm")
+    sample_size=LATENT, patch_size=2, in_channels=16, num_layers=DEPTH, attention_head_dim=WIDTH // DEPTH,
+    pos_embed_max_size=24, num_attention_heads=DEPTH, joint_attention_dim=512, caption_projection_dim=WIDTH,
+    pooled_projection_dim=256, qk_norm="rms_norm")
 torch.nn.init.normal_(ours.pos_embed, std=0.02)
 state = {}
 for name, value in ours.state_dict().items():

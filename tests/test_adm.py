@@ -1,4 +1,4 @@
-"""adm.py on tiny networks: order and ownership of the updates, the gradient of Eq. (7), Eq. (8) by hand, TTUR, evaluations."""
+"""adm.py on tiny networks: updates' order and ownership, Eq. (7)'s gradient, Eq. (8) by hand, TTUR, FLOPs."""
 import json
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def train(out, *flags):
 
 
 def spy(monkeypatch, on_update):
-    """Call on_update(role, roles, step) in place of every update; role names are psi, theta, tau in the order of the script."""
+    """Call on_update(role, roles, step) in place of every update; roles: psi, theta, tau in script order."""
     roles, original = [], adm.update
 
     def trainables(role):
@@ -44,8 +44,9 @@ def spy(monkeypatch, on_update):
     monkeypatch.setattr(adm, "update", update)
 
 
-@pytest.mark.parametrize("flags", [["--lora-rank", 0], ["--lora-rank", 4], ["--lora-rank", 4, "--fake-lora", 4]],
-                         ids=["full", "lora", "fake-lora"])
+@pytest.mark.parametrize("flags", [
+    ["--lora-rank", 0], ["--lora-rank", 4], ["--lora-rank", 4, "--fake-lora", 4]],
+    ids=["full", "lora", "fake-lora"])
 def test_updates_come_in_order_and_change_only_their_own_parameters(tmp_path, monkeypatch, flags):
     order = []
 
@@ -67,12 +68,13 @@ def test_each_update_reaches_every_parameter_of_its_role(tmp_path, monkeypatch):
 
     def on_update(role, roles, step):
         params = roles[("psi", "theta", "tau").index(role)]
-        silent[role] = [name for name, p in params.items() if p.grad is None or local_rows(p.grad)[0].abs().sum() == 0]
+        silent[role] = [name for name, p in params.items()
+                        if p.grad is None or local_rows(p.grad)[0].abs().sum() == 0]
         return step()
     spy(monkeypatch, on_update)
     train(tmp_path / "run", "--max-iter", 1, "--lora-rank", 0)
-    # The text queries of the last block feed a text output that nothing uses. While no logit is beyond the hinge's margin, the last
-    # bias raises one term of Eq. (8) as much as it lowers the other.
+    # The text queries of the last block feed a text output that nothing uses. While no logit is beyond the
+    # hinge's margin, the last bias raises one term of Eq. (8) as much as it lowers the other.
     depth = PRESETS["tiny-sd3"].config["depth"]
     unused = [f"joint_blocks.{depth - 1}.context_block.attn.ln_q.weight"]
     assert silent == {"psi": unused, "theta": unused, "tau": [f"heads.{i}.logit.bias" for i in range(depth)]}
@@ -80,7 +82,8 @@ def test_each_update_reaches_every_parameter_of_its_role(tmp_path, monkeypatch):
 
 def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
     """Finite differences of the logged loss_theta against the gradient that the script takes. With lr_psi = 0
-    and one step theta reaches the loss by Alg. 1 l. 17-22 alone; a graph cut on that way, at f_psi's network above all, shows."""
+    and one step theta reaches the loss by Alg. 1 l. 17-22 alone; a graph cut on that way, at f_psi's network
+    above all, shows."""
     grads, shift = {}, {}
 
     def on_update(role, roles, step):
@@ -92,7 +95,7 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
 
     def load_network(*args, **named):
         net = original(*args, **named)
-        if named.get("trainable") and shift.pop("pending", False):  # the generator is loaded first, the fake model second
+        if named.get("trainable") and shift.pop("pending", False):  # the generator is loaded before f_psi
             with torch.no_grad():
                 for name, p in net.named_parameters():
                     local_rows(p)[0].add_(shift["size"] * shift["direction"][name])
@@ -101,24 +104,28 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
 
     def loss_theta(size):
         shift.update(pending=bool(size), size=size)
-        return train(tmp_path / f"{size:g}", "--max-iter", 1, "--lora-rank", 0, "--steps", 1, "--lr-psi", 0)[0]["loss_theta"]
+        flags = ["--max-iter", 1, "--lora-rank", 0, "--steps", 1, "--lr-psi", 0]
+        return train(tmp_path / f"{size:g}", *flags)[0]["loss_theta"]
     loss_theta(0.0)
     norm = sum(g.square().sum() for g in grads.values()).sqrt().item()
     shift["direction"] = {name: g / norm for name, g in grads.items()}
-    size = 1e-3  # curvature bends the slope by 0.4 % (measured; 8 % at 4e-3), float32 rounding of the losses by 0.1 %
+    # Curvature bends the slope by 0.4 % (measured; 8 % at 4e-3), float32 rounding of the losses by 0.1 %.
+    size = 1e-3
     slope = (loss_theta(size) - loss_theta(-size)) / (2 * size)
     assert slope == pytest.approx(norm, rel=0.02)
 
 
 def test_eq8_and_margins_by_hand(tmp_path, monkeypatch):
-    """D_tau replaced by constant logits: fake 0.25, real -0.5 give 1.25 + 1.5 in Eq. (8), -0.25 in Eq. (7), a margin of -0.75."""
+    """D_tau replaced by constant logits: fake 0.25, real -0.5 give 1.25 + 1.5 in Eq. (8), -0.25 in Eq. (7), a
+    margin of -0.75."""
     from models.discriminator import Discriminator
     calls = []
 
     def forward(self, features):
         calls.append(features[0].requires_grad)
-        value = (0.25, 0.25, -0.5)[(len(calls) - 1) % 3]  # Eq. (7) on x_fake, Eq. (8) on x_fake, then on x_real
-        return torch.stack([value + 0 * h.float().mean((1, 2, 3)) for h in features]) + torch.zeros((), requires_grad=True)
+        value = (0.25, 0.25, -0.5)[(len(calls) - 1) % 3]  # Eq. (7) on x_fake, Eq. (8) on x_fake, on x_real
+        logits = torch.stack([value + 0 * h.float().mean((1, 2, 3)) for h in features])
+        return logits + torch.zeros((), requires_grad=True)
     monkeypatch.setattr(Discriminator, "forward", forward)
     row = train(tmp_path / "run", "--max-iter", 1)[0]
     assert (row["loss_theta"], row["loss_tau"]) == (-0.25, 2.75) and set(row["margin"]) == {-0.75}
@@ -137,8 +144,10 @@ def test_accumulation_gives_the_same_gradients(tmp_path):
     whole, = train(tmp_path / "whole", "--max-iter", 1, "--micro-batch", 4)
     cut, = train(tmp_path / "cut", "--max-iter", 1, "--micro-batch", 1)
     for name in ("loss_psi", "loss_theta", "loss_tau", "grad_norm_psi", "grad_norm_theta", "dmd"):
-        assert whole[name] == pytest.approx(cut[name], rel=1e-4, abs=1e-5), name  # float32 sums in another order
-    # Eq. (8)'s gradient is a difference of two that nearly cancel: x_fake and x_real are one 64th of the path from x_t.
+        # Float32 sums in another order.
+        assert whole[name] == pytest.approx(cut[name], rel=1e-4, abs=1e-5), name
+    # Eq. (8)'s gradient is a difference of two that nearly cancel: x_fake and x_real are one 64th of the path
+    # from x_t.
     assert whole["grad_norm_tau"] == pytest.approx(cut["grad_norm_tau"], rel=3e-2)
 
 
@@ -159,7 +168,7 @@ def flops(call):
 
 
 def test_no_evaluation_is_done_twice(tmp_path, capsys):
-    """The FLOPs of one iteration are those of Algorithm 1's own evaluations, each counted apart on the same networks."""
+    """An iteration's FLOPs are those of Algorithm 1's own evaluations, counted apart on the same networks."""
     row, N = PRESETS["tiny-sd3"], 2
     flags = ["--lora-rank", 0, "--steps", N, "--no-checkpointing", "--micro-batch", 4]
     two = flops(lambda: train(tmp_path / "2", "--max-iter", 2, *flags))
@@ -170,31 +179,35 @@ def test_no_evaluation_is_done_twice(tmp_path, capsys):
     taps = net.tap_shapes(row.size[0] // row.vae_factor, row.size[1] // row.vae_factor)
     D_tau = networks.Discriminator(Denoiser(net), tuple(taps), list(taps.values()), row.head_width)
     x = torch.randn(4, row.latent_channels, row.size[0] // row.vae_factor, row.size[1] // row.vae_factor)
-    t, c = torch.rand(4), (torch.randn(4, networks.text_tokens(row), row.config["context_dim"]), torch.randn(4, row.config["pooled_dim"]))
+    t = torch.rand(4)
+    c = (torch.randn(4, networks.text_tokens(row), row.config["context_dim"]),
+         torch.randn(4, row.config["pooled_dim"]))
     maps = [torch.randn(4, *shape) for shape in taps.values()]
     with torch.no_grad():
         forward, features = flops(lambda: net(x, t, c)), flops(lambda: D_tau.features(x, t, c))
     trained = flops(lambda: net(x, t, c).sum().backward())
     heads_trained = flops(lambda: D_tau(maps).sum().backward())
-    net.requires_grad_(False), D_tau.requires_grad_(False), x.requires_grad_(), [m.requires_grad_() for m in maps]
+    net.requires_grad_(False), D_tau.requires_grad_(False)
+    x.requires_grad_(), [m.requires_grad_() for m in maps]
     through = flops(lambda: net(x, t, c).sum().backward())
     features_through = flops(lambda: sum(m.sum() for m in D_tau.features(x, t, c)).backward())
     heads_through = flops(lambda: D_tau(maps).sum().backward())
 
-    fake = N * forward + trained                                               # l. 9, 11
-    generator = (N - n) * forward + trained + through + 2 * forward            # l. 16, 17, 20, and 21 with guidance
-    generator += features_through + heads_through                              # l. 22
-    discriminator = features + 2 * heads_trained                               # l. 26; the features of x_fake are there already
+    fake = N * forward + trained                                     # l. 9, 11
+    generator = (N - n) * forward + trained + through + 2 * forward  # l. 16, 17, 20, and 21 with guidance
+    generator += features_through + heads_through                    # l. 22
+    discriminator = features + 2 * heads_trained                     # l. 26; has x_fake's features from l. 22
     expected = fake + generator + discriminator
     with capsys.disabled():
-        print(f"\n{(two - one) / forward:.2f} forward-equivalents an iteration for N = {N}, n = {n}; Algorithm 1's own "
-              f"evaluations: {expected / forward:.2f}")
+        print(f"\n{(two - one) / forward:.2f} forward-equivalents an iteration for N = {N}, n = {n}; "
+              f"Algorithm 1's own evaluations: {expected / forward:.2f}")
     assert two - one == pytest.approx(expected, rel=0.01)  # one evaluation more would be 5 %
 
 
 def test_every_line_of_algorithm_1_is_cited_in_order():
     cited = [int(k) for k in re.findall(r"# Alg\. 1 l\. (\d+)$", SCRIPT, re.M)]
-    assert set(cited) | {2, 6, 13, 24} >= set(range(1, 28)) - {6, 13, 24}  # 6, 13, 24 are blank lines of the listing
+    # 6, 13, 24 are blank lines of the listing.
+    assert set(cited) | {2, 6, 13, 24} >= set(range(1, 28)) - {6, 13, 24}
     body = [k for k in cited if 4 <= k <= 21]
     assert body == sorted(body)
     for equation in ("Eq. (2), (3)", "Eq. (7)", "Eq. (8)", "Eq. (6)"):

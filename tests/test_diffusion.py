@@ -4,11 +4,25 @@ import torch
 from conftest import GOLDEN, golden, read_golden
 from test_mmdit import load_golden_net
 
-from models.diffusion import (Denoiser, alpha_sigma, ddpm_table, delta_t, dmd_loss, generator_times, ode_step, q, random_time,
-                              solve, target, teacher_times, to_x_0_eps)
+from models.diffusion import (
+    Denoiser,
+    alpha_sigma,
+    ddpm_table,
+    delta_t,
+    dmd_loss,
+    generator_times,
+    ode_step,
+    q,
+    random_time,
+    solve,
+    target,
+    teacher_times,
+    to_x_0_eps,
+)
 
 PATHS = [("velocity", "flow"), ("epsilon", "sdxl"), ("v", "sdxl")]
-CENTRES, WEIGHTS, STD = torch.tensor([[-2.0, 0.5], [1.0, -1.0], [1.5, 2.0]], dtype=torch.float64), [0.2, 0.5, 0.3], 0.3
+CENTRES = torch.tensor([[-2.0, 0.5], [1.0, -1.0], [1.5, 2.0]], dtype=torch.float64)
+WEIGHTS, STD = [0.2, 0.5, 0.3], 0.3
 
 
 def mixture_x_0(schedule, x, t):
@@ -36,14 +50,17 @@ def test_eq1_coefficients(schedule):
     alpha, sigma = (a.flatten() for a in alpha_sigma(schedule, t, torch.zeros(1001, 1)))
     assert (alpha[0], sigma[0]) == (1, 0)
     assert ((alpha / sigma)[1:].diff() < 0).all()  # Eq. (1): the signal-to-noise ratio falls
-    kept = alpha + sigma if schedule == "flow" else alpha ** 2 + sigma ** 2  # straight path, variance preserving
+    # Straight path, variance preserving.
+    kept = alpha + sigma if schedule == "flow" else alpha ** 2 + sigma ** 2
     torch.testing.assert_close(kept, torch.ones(1001))
 
 
 def test_sdxl_table_ends():
-    # betas are squares of a line from sqrt(0.00085) to sqrt(0.012): abar[0] = 1 - 0.00085, and the published abar[999] = 0.00466.
+    # betas are squares of a line from sqrt(0.00085) to sqrt(0.012): abar[0] = 1 - 0.00085, and the published
+    # abar[999] = 0.00466.
     alpha, _ = ddpm_table("sdxl")
-    assert alpha[1].item() ** 2 == pytest.approx(1 - 0.00085, abs=1e-6) and alpha[1000].item() ** 2 == pytest.approx(0.00466, abs=1e-5)
+    assert alpha[1].item() ** 2 == pytest.approx(1 - 0.00085, abs=1e-6)
+    assert alpha[1000].item() ** 2 == pytest.approx(0.00466, abs=1e-5)
 
 
 @pytest.mark.parametrize("predicts, schedule", PATHS)
@@ -51,7 +68,8 @@ def test_prediction_converts_back(predicts, schedule):
     x_0, eps, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.004, 0.5, 1.0])
     x_t = q(schedule, x_0, t, eps)
     x_0_hat, eps_hat = to_x_0_eps(predicts, schedule, target(predicts, schedule, x_0, t, eps), x_t, t)
-    # 1e-5: float32 rounding, enlarged 15 times where epsilon divides by alpha_T = 0.068; flow has sigma = 1, alpha = 0 at t = 1.
+    # 1e-5: float32 rounding, enlarged 15 times where epsilon divides by alpha_T = 0.068; flow has sigma = 1,
+    # alpha = 0 at t = 1.
     torch.testing.assert_close(x_0_hat, x_0, atol=1e-5, rtol=0)
     torch.testing.assert_close(eps_hat, eps, atol=1e-5, rtol=0)
 
@@ -78,8 +96,9 @@ def test_solver_converges_to_the_gaussian_solution_at_first_order(predicts, sche
     x_1 = torch.randn(16, 2, dtype=torch.float64)
     alpha, sigma = alpha_sigma(schedule, torch.ones(1), x_1)
     exact = m + (x_1 - alpha * m) * STD / (alpha ** 2 * STD ** 2 + sigma ** 2).sqrt()
-    errors = [(solve(F, x_1, torch.linspace(0, 1, n + 1), ()) - exact).abs().max().item() for n in (50, 100, 200)]
-    assert errors[2] < STD / 6  # 200 steps; the factors below are the test, this only rules out a common offset
+    errors = [(solve(F, x_1, torch.linspace(0, 1, n + 1), ()) - exact).abs().max().item()
+              for n in (50, 100, 200)]
+    assert errors[2] < STD / 6  # 200 steps; only rules out a common offset, the factors below are the test
     # Halving the step halves the error of a first-order method (2.0 up to second-order terms).
     assert 1.7 < errors[0] / errors[1] < 2.3 and 1.7 < errors[1] / errors[2] < 2.3
 
@@ -88,15 +107,17 @@ def test_solver_reproduces_the_mixture():
     F = exact_network("velocity", "flow", mixture_x_0)
     x = solve(F, torch.randn(4096, 2, dtype=torch.float64), torch.linspace(0, 1, 101), ())
     share = torch.cdist(x, CENTRES).argmin(1).bincount(minlength=3) / len(x)
-    # Binomial standard error at 4096 samples is 0.008 at most; four of them, and the modes are over 6 STD apart.
+    # Binomial standard error at 4096 samples: at most 0.008; four of them, and modes are over 6 STD apart.
     torch.testing.assert_close(share, torch.tensor(WEIGHTS), atol=0.032, rtol=0)
     spread = torch.stack([(x[torch.cdist(x, CENTRES).argmin(1) == k] - CENTRES[k]).std() for k in range(3)])
-    torch.testing.assert_close(spread, torch.full((3,), STD, dtype=x.dtype), atol=0.03, rtol=0)  # 3 % of step error, 2 % of sampling
+    # 3 % of step error, 2 % of sampling.
+    torch.testing.assert_close(spread, torch.full((3,), STD, dtype=x.dtype), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("predicts, schedule", PATHS)
 def test_optimum_of_eq2_and_eq3_is_the_true_score(predicts, schedule):
-    # Least squares over samples of (x_0, eps) near one x_t gives the conditional mean of the target: the posterior mean network.
+    # Least squares over samples of (x_0, eps) near one x_t gives the conditional mean of the target: the
+    # posterior mean network.
     t = torch.tensor([0.6], dtype=torch.float64)
     n = 400_000
     centre = torch.multinomial(torch.tensor(WEIGHTS), n, replacement=True)
@@ -139,7 +160,8 @@ def test_random_times_leave_room_for_the_step(schedule):
 def test_generator_schedule():
     # shift 3, N = 4 (ComfyUI's sgm_uniform): s u / (1 + (s - 1) u) at u = 0, 1/4 .. 1.
     torch.testing.assert_close(generator_times(4, 3.0), torch.tensor([0, 0.5, 0.75, 0.9, 1.0]))
-    torch.testing.assert_close(generator_times(8, 1.0)[-2] * 1000 - 1, torch.tensor(874.0))  # trailing spacing of a DDPM grid
+    # Trailing spacing of a DDPM grid.
+    torch.testing.assert_close(generator_times(8, 1.0)[-2] * 1000 - 1, torch.tensor(874.0))
     assert generator_times(1, 3.0).tolist() == [0, 1]
 
 
@@ -149,7 +171,8 @@ def test_teacher_sigmas_equal_the_original(path):
     names = [n for n in tensors if n.endswith(".sigmas")]
     assert names
     for name in names:
-        shift, steps = (float(part.removeprefix(p)) for part, p in zip(name.split(".shift")[1].rsplit(".", 2), ("", "steps")))
+        parts = name.split(".shift")[1].rsplit(".", 2)
+        shift, steps = (float(part.removeprefix(p)) for part, p in zip(parts, ("", "steps")))
         # diffusers and the original differ by 1.2e-7 from each other (SD3.md).
         torch.testing.assert_close(teacher_times(int(steps), shift).flip(0), tensors[name], atol=3e-7, rtol=0)
 
@@ -162,15 +185,17 @@ def test_guided_trajectory_equals_the_original(path):
         net, *_ = load_golden_net(GOLDEN / file)
         for steps in meta["config"]["steps"]:
             latents = tensors[f"traj.{family}.steps{steps}.latents"]
+            denoised = tensors.get(f"traj.{family}.steps{steps}.denoised_cfg")
             x, tn = tensors["in.noise"], teacher_times(steps, meta["config"]["shift"]).flip(0)
             w = torch.full((x.shape[0],), meta["config"]["cfg"])
             for k in range(steps):
-                # 2e-4: float32 against float64 of the reference drifts by 1.3e-5 over a trajectory, guidance 5 enlarges ours.
+                # 2e-4: float32 against the reference's float64 drifts by 1.3e-5 over a trajectory, guidance 5
+                # enlarges ours.
                 torch.testing.assert_close(x, latents[k], atol=2e-4, rtol=0)
                 with torch.no_grad():
                     x, x_0 = ode_step(Denoiser(net), x, tn[k], tn[k + 1], c, c_null, w)
-                if f"traj.{family}.steps{steps}.denoised_cfg" in tensors:
-                    torch.testing.assert_close(x_0, tensors[f"traj.{family}.steps{steps}.denoised_cfg"][k], atol=2e-4, rtol=0)
+                if denoised is not None:
+                    torch.testing.assert_close(x_0, denoised[k], atol=2e-4, rtol=0)
             torch.testing.assert_close(x, latents[steps], atol=2e-4, rtol=0)
 
 

@@ -9,7 +9,8 @@ from models.diffusion import Denoiser
 from models.discriminator import Discriminator, shrink_count
 from models.mmdit import MMDiT, config_from_shapes
 
-SMALL = dict(depth=3, width=48, heads=3, patch=2, in_channels=4, pos_grid=8, context_dim=20, pooled_dim=10, qk_norm=True, attn2=())
+SMALL = dict(depth=3, width=48, heads=3, patch=2, in_channels=4, pos_grid=8, context_dim=20, pooled_dim=10,
+             qk_norm=True, attn2=())
 
 
 def small_discriminator(width=32):
@@ -23,11 +24,13 @@ def batch():
     return torch.randn(2, 4, 16, 16), torch.tensor([0.2, 0.8]), (torch.randn(2, 5, 20), torch.randn(2, 10))
 
 
-@pytest.mark.parametrize("path", [p for p in golden("sd3*.keys.json") if "mmdit" in manifest(p)[1]], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in golden("sd3*.keys.json") if "mmdit" in manifest(p)[1]],
+                         ids=lambda p: p.stem)
 def test_a_head_on_every_block_of_the_full_model(path):
     shapes, meta = manifest(path)
+    shapes = {k.removeprefix(PREFIX): s for k, s in shapes.items() if k.startswith(PREFIX)}
     with torch.device("meta"):
-        net = MMDiT(**config_from_shapes({k.removeprefix(PREFIX): s for k, s in shapes.items() if k.startswith(PREFIX)}))
+        net = MMDiT(**config_from_shapes(shapes))
         taps = net.tap_shapes(128, 128)
         D_tau = Discriminator(Denoiser(net), tuple(taps), list(taps.values()))
     assert len(D_tau.heads) == meta["mmdit"]["depth"]  # App. B.1: 24 for SD3-Medium, 38 for SD3.5-Large
@@ -40,7 +43,7 @@ def test_a_head_on_every_block_of_the_full_model(path):
 
 
 def test_heads_shrink_to_8_and_twice_where_the_map_allows():
-    # side -> halvings: 64 -> 8 takes 3, 33 -> 16 -> 8, 16 -> 4 and 8 -> 2 take of 2, 3 -> 1 and 2 -> 1 allow one, 1 none.
+    # Halvings: 64 -> 8 takes 3, 33 -> 16 -> 8, 16 -> 4, 8 -> 2 take 2, 3 -> 1, 2 -> 1 allow one, 1 none.
     assert [shrink_count(side) for side in (128, 64, 33, 16, 8, 4, 3, 2, 1)] == [4, 3, 2, 2, 2, 2, 1, 1, 0]
 
 
@@ -57,7 +60,8 @@ def test_gradient_reaches_the_sample_and_the_heads_but_not_the_backbone():
     x, t, c = batch()
     D_tau(D_tau.features(x.requires_grad_(), t, c)).sum().backward()
     assert x.grad.abs().sum() > 0
-    assert all(p.grad is not None for p in D_tau.parameters()) and all(p.grad is None for p in F_phi.net.parameters())
+    assert all(p.grad is not None for p in D_tau.parameters())
+    assert all(p.grad is None for p in F_phi.net.parameters())
 
 
 def test_one_logit_per_head_and_sample_that_sees_time_and_prompt():
@@ -70,4 +74,5 @@ def test_one_logit_per_head_and_sample_that_sees_time_and_prompt():
         alone = D_tau(D_tau.features(x[:1], t[:1], (context[:1], pooled[:1])))
     assert logits.shape == (3, 2)
     assert (logits != other_time).all() and (logits != other_prompt).all()
-    torch.testing.assert_close(logits[:, :1], alone, atol=1e-5, rtol=0)  # GroupNorm: a sample does not see its batch
+    # GroupNorm: a sample does not see its batch.
+    torch.testing.assert_close(logits[:, :1], alone, atol=1e-5, rtol=0)

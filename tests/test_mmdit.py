@@ -63,7 +63,8 @@ def test_inner_values_equal_the_original(path):
             hook.remove()
 
 
-@pytest.mark.parametrize("path", [p for p in golden("sd3*.keys.json") if "mmdit" in manifest(p)[1]], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in golden("sd3*.keys.json") if "mmdit" in manifest(p)[1]],
+                         ids=lambda p: p.stem)
 def test_full_size_state_dict_is_the_manifest(path):
     shapes, meta = manifest(path)
     shapes = {k.removeprefix(PREFIX): v for k, v in shapes.items() if k.startswith(PREFIX)}
@@ -71,7 +72,8 @@ def test_full_size_state_dict_is_the_manifest(path):
     with torch.device("meta"):
         net = MMDiT(**config)
     assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == shapes
-    assert (config["depth"], config["width"], config["heads"]) == tuple(meta["mmdit"][k] for k in ("depth", "hidden", "heads"))
+    expected = tuple(meta["mmdit"][k] for k in ("depth", "hidden", "heads"))
+    assert (config["depth"], config["width"], config["heads"]) == expected
 
 
 def test_taps_stop_after_the_last_one():
@@ -82,7 +84,7 @@ def test_taps_stop_after_the_last_one():
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     maps = net(x, t, cond, taps=(0,))
     assert ran == [0] and len(maps) == 1
-    assert maps[0].shape == (x.shape[0], net.pos_embed.shape[-1], x.shape[2] // net.patch, x.shape[3] // net.patch)
+    assert maps[0].shape == (x.shape[0], net.pos_embed.shape[-1], *(n // net.patch for n in x.shape[2:]))
 
 
 def test_gradient_reaches_the_input_through_frozen_weights():

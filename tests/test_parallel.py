@@ -1,4 +1,4 @@
-"""Real processes (torchrun, gloo): any cut of the batch is the same run, and a killed run continues where it was."""
+"""Real processes (torchrun, gloo): any cut of the batch is one run; a killed run continues where it was."""
 import json
 import os
 import signal
@@ -12,17 +12,21 @@ from conftest import ROOT
 
 from models.checkpoint import open_tensors
 
-MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4], "fake-lora": ["--lora-rank", 4, "--fake-lora", 4]}
-# Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that rounding noise in a gradient near 0
-# becomes a full step. These keep that below the tolerance; the logged gradient norms are the sharper test.
+MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4],
+         "fake-lora": ["--lora-rank", 4, "--fake-lora", 4]}
+# Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that rounding noise
+# in a gradient near 0 becomes a full step. These keep that below the tolerance; the logged gradient norms are
+# the sharper test.
 RATES = ["--lr-theta", 1e-5, "--lr-psi", 1e-5, "--lr-tau", 1e-6]
-VARIANTS = {"two-ranks": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1], "replicated": ["--shard-ranks", 1]}
+VARIANTS = {"two-ranks": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1],
+            "replicated": ["--shard-ranks", 1]}
 
 
 def start(out, ranks, *flags):
     """adm.py on tiny-sd3 in a process of its own, or in `ranks` processes under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
-    command = [sys.executable, *torchrun, ROOT / "adm.py", "--batch-size", 4, "--evaluate", 0, "--out", out, *RATES, *flags]
+    command = [sys.executable, *torchrun, ROOT / "adm.py", "--batch-size", 4, "--evaluate", 0, "--out", out,
+               *RATES, *flags]
     return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -48,9 +52,11 @@ def assert_same_run(out, other, exact=False):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b):
         for name in x.keys() - {"seconds", "gib"}:
-            # 1e-5: float32 sums of the same terms in another order. The gradient of Eq. (8) is a difference of two that nearly
-            # cancel, x_fake and x_real being one 64th of the path from x_t: its norm is known to a few percent.
-            close = pytest.approx(y[name], rel=5e-2 if name == "grad_norm_tau" else 1e-3 if "norm" in name else 1e-5, abs=1e-5)
+            # 1e-5: float32 sums of the same terms in another order. The gradient of Eq. (8) is a difference
+            # of two that nearly cancel, x_fake and x_real being one 64th of the path from x_t: its norm is
+            # known to a few percent.
+            rel = 5e-2 if name == "grad_norm_tau" else 1e-3 if "norm" in name else 1e-5
+            close = pytest.approx(y[name], rel=rel, abs=1e-5)
             assert x[name] == (y[name] if exact else close), (name, x["global_iter"])
     assert weights(out).keys() == weights(other).keys() and weights(out)
     for name, value in weights(out).items():
@@ -113,7 +119,8 @@ def test_sigterm_of_a_single_process_exits_0(tmp_path):
 def test_loading_costs_a_rank_little_more_than_its_own_shard(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(ROOT / "tests" / "sharded_load.py"), str(tmp_path / "net.safetensors")]
-    output = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=True).stdout
+    output = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            capture_output=True, check=True).stdout
     ranks = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(ranks) == 2
     for rank in ranks:
