@@ -11,9 +11,11 @@ from models.diffusion import Denoiser
 
 
 def shrink_count(side: int) -> int:
-    """Halvings of a 2D head: until the short side is <= 8, two at least where the map allows."""  # [choice]
+    """How many halvings a 2D head makes: until the short side is <= 8, and two at least where 2 x 2 are left.
+
+    A last map of 1 x 1 would leave GroupNorm a few channels of one pixel, whose differences it erases."""  # [choice]
     count = 0
-    while side > 8 or (count < 2 and side >= 2):
+    while side > 8 or (count < 2 and side >= 4):
         side, count = side // 2, count + 1
     return count
 

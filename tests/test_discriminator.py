@@ -42,9 +42,9 @@ def test_a_head_on_every_block_of_the_full_model(path):
     assert len(convs) == len(norms) == 3  # 64 x 64 tokens at 1024 px: 32, 16, 8
 
 
-def test_heads_shrink_to_8_and_twice_where_the_map_allows():
-    # Halvings: 64 -> 8 takes 3, 33 -> 16 -> 8, 16 -> 4, 8 -> 2 take 2, 3 -> 1, 2 -> 1 allow one, 1 none.
-    assert [shrink_count(side) for side in (128, 64, 33, 16, 8, 4, 3, 2, 1)] == [4, 3, 2, 2, 2, 2, 1, 1, 0]
+def test_heads_shrink_to_8_and_twice_where_2_by_2_are_left():
+    # side -> halvings: 64 -> 8 takes 3; 33 -> 16 -> 8, 16 -> 4 and 8 -> 2 take two; 4 -> 2 allows one, 3 and less none.
+    assert [shrink_count(side) for side in (128, 64, 33, 16, 8, 4, 3, 2, 1)] == [4, 3, 2, 2, 2, 1, 0, 0, 0]
 
 
 def test_backbone_is_the_teacher_and_is_not_registered():
