@@ -19,7 +19,17 @@ from torch.nn.functional import mse_loss, relu
 
 from models import networks, run
 from models.data import noise, uniform
-from models.diffusion import Denoiser, delta_t, dmd_loss, generator_times, ode_step, q, random_time, solve, target
+from models.diffusion import (
+    Denoiser,
+    delta_t,
+    dmd_loss,
+    generator_times,
+    ode_step,
+    q,
+    random_time,
+    solve,
+    target,
+)
 from models.parallel import adamw, init_distributed, set_trainable, update
 
 
@@ -28,7 +38,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--steps", type=int, help="N, steps of the generator")
     add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
-    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance scale")
+    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
     add("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
     add("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
         help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
@@ -59,7 +69,8 @@ def main(args):
         f_psi = replace(F_phi, net=load(trainable=True))
     D_tau = networks.new_discriminator(args, row, F_phi, mesh, device)
     psi, theta, tau = networks.trainables(f_psi), networks.trainables(G_theta), networks.trainables(D_tau)
-    opt_psi, opt_theta, opt_tau = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta), adamw(tau, args.lr_tau)
+    opt_psi, opt_theta = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta)
+    opt_tau = adamw(tau, args.lr_tau)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
     if args.profile:
         run.count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
@@ -67,7 +78,7 @@ def main(args):
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     dt, accumulation = delta_t(row.schedule), len(job.micro_batches)
 
-    def draw(name, indices):  # standard normal latents of these samples, a function of (seed, global_iter, name, index)
+    def draw(name, indices):  # standard normal latents, a function of (seed, global_iter, name, index)
         return noise(job.latent_shape, args.seed, global_iter, name, indices).to(device)
 
     def draw_u(name, indices):  # U[0, 1), likewise
@@ -84,9 +95,11 @@ def main(args):
             z = draw("z", indices)                                                     # Alg. 1 l. 8
             with torch.no_grad():
                 x_0 = solve(G_theta, z, tn, c)                                         # Alg. 1 l. 9
-            z_f, t_f = draw("z_f", indices), random_time(f_psi.schedule, draw_u("t_f", indices))  # Alg. 1 l. 10
+            z_f = draw("z_f", indices)                                                 # Alg. 1 l. 10
+            t_f = random_time(f_psi.schedule, draw_u("t_f", indices))                  # Alg. 1 l. 10
             x_tf = q(f_psi.schedule, x_0, t_f, z_f)
-            loss_psi = mse_loss(f_psi(x_tf, t_f, c), target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f))  # Eq. (2), (3)
+            expected = target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f)
+            loss_psi = mse_loss(f_psi(x_tf, t_f, c), expected)                         # Eq. (2), (3)
             (loss_psi / accumulation).backward()
             log.add(loss_psi=loss_psi)
         log.update("psi", *update(opt_psi, log.mean("loss_psi")))                      # Alg. 1 l. 11
@@ -105,7 +118,8 @@ def main(args):
             with torch.no_grad():
                 x_hat_tn = solve(G_theta, z_hat, tn[n:], c)                            # Alg. 1 l. 16
             _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c)                  # Alg. 1 l. 17
-            z_g, t = draw("z_g", indices), random_time(F_phi.schedule, draw_u("t", indices), low=dt)  # Alg. 1 l. 18
+            z_g = draw("z_g", indices)                                                 # Alg. 1 l. 18
+            t = random_time(F_phi.schedule, draw_u("t", indices), low=dt)              # Alg. 1 l. 18
             s = (t - dt).clamp_min(0)  # [choice] t > dt, so that the step stays in [0, T]
             x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
             x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # with f_psi's graph     # Alg. 1 l. 20
@@ -117,8 +131,8 @@ def main(args):
             (loss_theta / accumulation).backward()
             job.phase("generator")
 
-            # l. 25-26 begin before l. 22 has stepped: that step changes neither tau nor this pair, so the gradient
-            # of Eq. (8) is the same, and the features of x_fake serve twice.
+            # l. 25-26 begin before l. 22 has stepped: that step changes neither tau nor this pair, so the
+            # gradient of Eq. (8) is the same, and the features of x_fake serve twice.
             set_trainable(tau, True)
             with torch.no_grad():
                 h_real = D_tau.features(x_real, s, c)

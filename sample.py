@@ -1,12 +1,12 @@
 """Pictures from a teacher, an exported generator, a LoRA file or a run folder.
 
-    python sample.py                                                        # the embedded tiny-sd3 teacher
-    python sample.py --ckpt runs/adm-tiny-sd3-000                           # the student of a run, at its own N steps
-    python sample.py --model sd3-medium --ckpt sd3_medium.safetensors --lora generator_lora.safetensors --prompt "a red fox"
+    python sample.py                               # the embedded tiny-sd3 teacher
+    python sample.py --ckpt runs/adm-tiny-sd3-000  # the student of a run, at its own N steps
+    python sample.py --model sd3-medium --ckpt sd3_medium.safetensors --lora FILE --prompt "a red fox"
 
-Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png. A file that this project exported says
-how many steps it was trained for; then the generator's schedule is used without guidance. Everything else is sampled as a teacher: Euler
-steps on the original's schedule with guidance.
+Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png. A file that
+this project exported says how many steps it was trained for; then the generator's schedule is used without
+guidance. Everything else is sampled as a teacher: Euler steps on the original's schedule with guidance.
 """
 import argparse
 import json
@@ -20,24 +20,25 @@ from models.parallel import init_distributed, is_main, print0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     run.model_flags(parser)
     parser.set_defaults(model=None)  # the exported file's own, else tiny-sd3
     add = parser.add_argument
-    add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into the weights")
+    add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into weights")
     add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; default: a dozen of our own")
-    add("--count", type=int, help="number of pictures; prompts repeat with other noise. Default: one a prompt")
+    add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
-    add("--cfg", type=float, help="guidance scale; 1 is none. Default: none for a generator, the preset's for a teacher")
+    add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
     add("--batch", type=int, default=4, help="pictures per forward")
     add("--out", type=Path, default=Path("samples"))
     return parser.parse_args(argv)
 
 
 def from_run_folder(args) -> None:
-    """Replace --ckpt RUN by what the run exported, its single file or its base and adapter; take over its model flags."""
+    """Replace --ckpt RUN by what the run exported, a file or base and adapter; take over its model flags."""
     trained = json.loads((args.ckpt / "config.json").read_text()).get("args")
     if trained is None:
         return  # some other program's folder
@@ -53,13 +54,15 @@ def from_run_folder(args) -> None:
         args.lora = folder / "generator_lora.safetensors"
         args.ckpt = base
     else:
-        raise InputError(f"{folder} has no exported generator yet: let the run end, or continue it with --resume")
+        raise InputError(f"{folder} has no exported generator yet: let the run end, "
+                         "or continue it with --resume")
 
 
 def exported(args) -> dict[str, str]:
     """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.shift."""
     files = [path for path in (args.ckpt, args.lora) if path and path.is_file()]
-    return {key: value for path in files for key, value in open_tensors(path).metadata.items() if key.startswith("dmdx.")}
+    return {key: value for path in files for key, value in open_tensors(path).metadata.items()
+            if key.startswith("dmdx.")}
 
 
 def main(args):
@@ -79,15 +82,20 @@ def main(args):
     tn = (generator_times if student else teacher_times)(steps, shift).to(device)
     cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
 
-    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
+    if args.prompt is not None:
+        prompts = [args.prompt]
+    else:
+        prompts = read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
     F = Denoiser(net, row.predicts, row.schedule)
-    images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed, None if cfg == 1 else cfg, args.batch)
+    images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed,
+                               None if cfg == 1 else cfg, args.batch)
     if is_main():
         for i, (image, prompt) in enumerate(zip(images, prompts)):
-            save_png(args.out / f"{i:03d}.png", image, dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps),
-                                                            cfg=f"{cfg:g}", model=args.model))
+            save_png(args.out / f"{i:03d}.png", image,
+                     dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
+                          model=args.model))
         save_grid(args.out / "grid.png", images, columns=4)
     print0(f"{len(prompts)} pictures, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
 

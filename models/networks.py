@@ -1,4 +1,4 @@
-"""Networks of a run from their checkpoints: denoiser in each role, text encoders, VAE, discriminator; and the export.
+"""Networks of a run from checkpoints: denoisers, text encoders, VAE, discriminator; and the export.
 
 `args` are the flags of `run.model_flags`. Whatever the user can mend raises InputError.
 """
@@ -14,7 +14,16 @@ from models.checkpoint import InputError
 from models.diffusion import Denoiser
 from models.discriminator import Discriminator
 from models.mmdit import MMDiT, config_from_shapes
-from models.parallel import any_rank, fill_random, full_tensors, is_main, load_sharded, materialise, settle, shard
+from models.parallel import (
+    any_rank,
+    fill_random,
+    full_tensors,
+    is_main,
+    load_sharded,
+    materialise,
+    settle,
+    shard,
+)
 from models.presets import Preset
 from models.text import SD3Text, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
@@ -33,18 +42,19 @@ def text_tokens(row: Preset) -> int:
 
 
 def source(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
-    """The tensors of --ckpt or of the preset's file on the hub. Raises InputError when neither can be read."""
+    """The tensors of --ckpt or of the preset's file on the hub. Raises InputError if neither can be read."""
     return checkpoint.open_tensors(checkpoint.find(row.file, args.ckpt, row.repo))
 
 
 def open_denoiser(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
-    """The denoiser's tensors. Raises InputError when the file holds another architecture than the preset's."""
+    """The denoiser's tensors. Raises InputError if the file holds another architecture than the preset's."""
     tensors = source(args, row).group(DENOISER)
     try:
         config = config_from_shapes(tensors.shapes)
     except (LookupError, ValueError):  # a tensor that tells a size is missing or mis-shaped: named below
         config = {}
-    wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config if config[key] != row.config[key]]
+    wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config
+             if config[key] != row.config[key]]
     if wrong:
         raise InputError(f"{tensors.path} is not {args.model}: {', '.join(wrong[:3])}")
     with torch.device("meta"):
@@ -55,8 +65,8 @@ def open_denoiser(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
 
 def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
                  adapters: dict[str, int] = {}) -> nn.Module:
-    """A sharded denoiser with the checkpoint's weights: float32 when trained, else in the precision of the computation.
-    adapters: name -> rank, on a frozen base. Raises InputError when the file holds another architecture than the preset's."""
+    """A sharded denoiser with the checkpoint's weights: float32 when trained, else in --precision.
+    adapters: name -> rank, on a frozen base. Raises InputError for another architecture than the preset's."""
     compute = DTYPES[args.precision]
     tensors = None if args.random_weights else open_denoiser(args, row)
     with torch.device("meta"):
@@ -76,22 +86,26 @@ def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trai
 
 
 def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3Text:
-    """The sharded text encoders: from --text-ckpt, the denoiser's single file, the files beside it, or the hub."""
+    """The sharded text encoders: from --text-ckpt, the denoiser's file, the files beside it, or the hub."""
     single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
     if args.text_ckpt:
         beside = [args.text_ckpt]
-    elif not row.text_files or any(name.startswith("text_encoders.clip_l.") for name in checkpoint.open_tensors(single).shapes):
+    elif not row.text_files or any(name.startswith("text_encoders.clip_l.")
+                                   for name in checkpoint.open_tensors(single).shapes):
         beside = [single]
     else:
         wanted = row.text_files[:2] if args.no_t5 else row.text_files
-        local = [single.parent / name for name in wanted] if args.ckpt else []
-        beside = local if local and all(path.exists() for path in local) else [checkpoint.find(f, None, row.repo) for f in wanted]
+        beside = [single.parent / name for name in wanted] if args.ckpt else []
+        if not beside or not all(path.exists() for path in beside):
+            beside = [checkpoint.find(f, None, row.repo) for f in wanted]
     parts = text_parts(*beside)
     if args.no_t5:
         parts.pop("t5", None)
     elif "t5" not in parts:
-        raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors in it, or --no-t5")
-    text = SD3Text(parts, load_tokenizers(args.tokenizers), row.t5_length, row.config["context_dim"], device=device)
+        raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors "
+                         "in it, or --no-t5")
+    text = SD3Text(parts, load_tokenizers(args.tokenizers), row.t5_length, row.config["context_dim"],
+                   device=device)
     shard(text.to(DTYPES[args.precision]), mesh, DTYPES[args.precision], args.offload)
     materialise(text, device, args.offload)
     return text.load(parts, load_sharded)
@@ -110,7 +124,8 @@ def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL:
     return vae.requires_grad_(False).to(device)
 
 
-def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh, device: torch.device) -> Discriminator:
+def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh,
+                      device: torch.device) -> Discriminator:
     """D_tau on F_phi's own module, its heads sharded, with the same initial values on any number of ranks."""
     taps = F_phi.net.tap_shapes(*latent_shape(args, row)[-2:])
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +138,7 @@ def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh, devi
 
 
 def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
-    """Name -> parameter of what a role trains: its adapter, all of its network, or the discriminator's heads."""
+    """Name -> parameter of what a role trains: its adapter, all of its network, or D_tau's heads."""
     if isinstance(role, Discriminator):
         return dict(role.named_parameters())
     suffixes = tuple(f".lora_{side}.{name}" for name in role.lora for side in "AB")
@@ -131,8 +146,8 @@ def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
 
 
 def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
-    """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all weights in the
-    original single-file layout with the checkpoint's other groups (VAE, text encoders) unchanged."""
+    """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all
+    weights in the original single-file layout with the checkpoint's VAE and text encoders unchanged."""
     metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift)}
     if G_theta.lora:
         lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)

@@ -1,7 +1,8 @@
-"""What every training script does around its algorithm: flags, run folder, networks from checkpoints, batches, log, save, resume.
+"""What training scripts do around their algorithm: flags, run folder, networks, batches, log, save, resume.
 
-Nothing here touches a loss. A script calls, in this order: `training_parser`, `resolve`, `Job`, `load_network`, `job.start`, and in its
-loop `job.begin`, `job.conditions`, `log.add`, `log.update`, `job.end`; `job.finish` exports and compares.
+Nothing here touches a loss. A script calls, in this order: `training_parser`, `resolve`, `Job`,
+`load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `log.add`, `log.update`,
+`job.end`; `job.finish` exports and compares.
 """
 import argparse
 import importlib.util
@@ -27,8 +28,16 @@ from models.checkpoint import InputError
 from models.data import append_jsonl, noise, prompt_index, read_prompts, save_grid, save_rows, truncate_jsonl
 from models.diffusion import Denoiser, teacher_times
 from models.networks import DTYPES, export, latent_shape, load_text, load_vae, open_denoiser, text_tokens
-from models.parallel import (any_rank, complete_states, count_stuck, is_main, load_state, mean_over_ranks, print0,
-                             save_state)
+from models.parallel import (
+    any_rank,
+    complete_states,
+    count_stuck,
+    is_main,
+    load_state,
+    mean_over_ranks,
+    print0,
+    save_state,
+)
 from models.presets import PRESETS, Preset
 from models.sampling import generate
 from models.text import Cond
@@ -36,42 +45,44 @@ from models.text import Cond
 MAX_BAD = 10  # non-finite iterations in a row before a run stops
 
 
-# ---- flags and the run folder -------------------------------------------------------------------------------------
+# ---- flags and the run folder ------------------------------------------------------------------------------
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of everything that loads a model."""
     add = parser.add_argument
     add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
     add("--ckpt", type=Path, help="original single file; without it the Hugging Face hub is asked")
-    add("--text-ckpt", type=Path, help="folder with the clip_l, clip_g and t5xxl files, or a diffusers-layout folder")
+    add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout")
     add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
     add("--no-t5", action="store_true", help="zeros in place of T5's tokens")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
     add("--seed", type=int, default=0)
-    add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 CPU offload)")
+    add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
-    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPUs, fp32 on CPUs")
+    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
     parser.set_defaults(no_checkpointing=True, random_weights=False)  # for those who only sample
 
 
 def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
     """The flags of every training script; None means the preset's value."""
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
     add = parser.add_argument
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
-    add("--resume", nargs="?", const="newest", metavar="STATE", help="continue --out (or the newest run) from its newest complete state")
+    add("--resume", nargs="?", const="newest", metavar="STATE",
+        help="continue --out (or the newest run) from its newest complete state")
     add("--max-iter", type=int, help="generator updates")
     add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     add("--micro-batch", type=int, help="samples per forward on one rank")
-    add("--no-checkpointing", action="store_true", default=False, help="keep activations, do not compute them twice")
-    add("--random-weights", action="store_true", help="full-size networks without checkpoint and text encoders")
+    add("--no-checkpointing", action="store_true", default=False, help="do not compute activations twice")
+    add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
     add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")
     add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
-    add("--evaluate", type=int, metavar="N", help="samples of each row in the closing comparison; 0: no comparison")
-    add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and network evaluations per phase")
+    add("--evaluate", type=int, metavar="N", help="samples of each row of the closing comparison; 0: none")
+    add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and evaluations per phase")
     return parser
 
 
@@ -82,14 +93,15 @@ def fill(args: argparse.Namespace, row: Preset, names: tuple[str, ...]) -> None:
 
 
 def resolve_model(args: argparse.Namespace) -> Preset:
-    """The preset's row, and from it what the model flags leave out. Raises InputError for a size that the model cannot take."""
+    """The preset's row, which fills in absent flags. Raises InputError for a size the model cannot take."""
     row = PRESETS[args.model]
     fill(args, row, ("ckpt", "tokenizers", "size"))
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     multiple = row.vae_factor * row.config["patch"]
     largest = row.config["pos_grid"] * multiple
     if any(side % multiple or not multiple <= side <= largest for side in args.size):
-        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple} up to {largest}")
+        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple} "
+                         f"up to {largest}")
     return row
 
 
@@ -110,12 +122,13 @@ def resolve(args: argparse.Namespace) -> Preset:
     if args.evaluate < 0 or row.procedural and args.evaluate == 1:
         raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + row.procedural}")
     if args.batch_size % (world * args.micro_batch):
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes x --micro-batch {args.micro_batch}")
+        raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes "
+                         f"x --micro-batch {args.micro_batch}")
     return row
 
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
-    """The folder of this run, the same on every rank: --out, the run of the state to resume, or the next free number."""
+    """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
     runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
     if args.out is not None:
         if (args.out / "config.json").exists() and not args.resume:
@@ -123,12 +136,14 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
     elif args.resume == "newest":
         runs = [run for run in runs if complete_states(run / "state")]
         if not runs:
-            raise InputError(f"--resume: no runs/{script}-{args.model}-NNN holds a complete state; pass --out")
+            raise InputError(f"--resume: no runs/{script}-{args.model}-NNN holds a complete state; "
+                             "pass --out")
         args.out = runs[-1]
     elif args.resume:
         args.out = Path(args.resume).resolve().parent.parent
         if not (args.out / "config.json").exists():
-            raise InputError(f"--resume {args.resume}: not inside a run folder; pass the folder to continue in as --out")
+            raise InputError(f"--resume {args.resume}: not inside a run folder; "
+                             "pass the folder to continue in as --out")
     else:
         args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
     holder = [args.out]
@@ -150,10 +165,11 @@ def entry(script: str, parse_args, main) -> None:
 
 
 def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> None:
-    """Count the samples that each role's network and the discriminator's backbone evaluate, recomputation not included."""
+    """Count the samples that each role's network and D_tau's backbone see, recomputation not included."""
     for net in {id(role.net): role.net for role in roles.values()}.values():
         def hook(_, positional, named, net=net):
-            owner = [name for name, role in roles.items() if role.net is net and role.lora == named.get("lora", ())]
+            owner = [name for name, role in roles.items()
+                     if role.net is net and role.lora == named.get("lora", ())]
             counts["D_tau features" if named.get("taps") else owner[0]] += len(positional[0])
         net.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -167,13 +183,15 @@ def health(history) -> str:
     drift = rows[-1]["x_0_std"] / max(rows[0]["x_0_std"], 1e-12)
     worries = [f"{name} has no gradient" for name in still]
     if len(rows) >= 50:
-        worries += ["D cannot tell x_fake from x_real"] * (abs(margin) < 1e-4) + ["D has won: the hinge is at 0"] * (hinge < 0.01)
-    worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(rows)} iterations"] * (not 0.67 < drift < 1.5)
-    return f"margin {margin:+.4f} hinge {hinge:.3f} x_0 {rows[-1]['x_0_mean']:+.3f} +- {rows[-1]['x_0_std']:.3f} " + (
-        "health: " + "; ".join(worries or ["good"]))
+        worries += ["D cannot tell x_fake from x_real"] * (abs(margin) < 1e-4)
+        worries += ["D has won: the hinge is at 0"] * (hinge < 0.01)
+    if not 0.67 < drift < 1.5:
+        worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(rows)} iterations"]
+    return (f"margin {margin:+.4f} hinge {hinge:.3f} x_0 {rows[-1]['x_0_mean']:+.3f} +- "
+            f"{rows[-1]['x_0_std']:.3f} health: {'; '.join(worries or ['good'])}")
 
 
-# ---- the job ------------------------------------------------------------------------------------------------------
+# ---- the job -----------------------------------------------------------------------------------------------
 
 class Log:
     """One iteration's scalars: means over the micro-batches and ranks."""
@@ -207,11 +225,12 @@ class Log:
 class Job:
     """Run folder, prompts, batch cut, log, state and samples of one training run."""
 
-    def __init__(self, script: str, args: argparse.Namespace, row: Preset, mesh: DeviceMesh, device: torch.device):
+    def __init__(self, script: str, args: argparse.Namespace, row: Preset, mesh: DeviceMesh,
+                 device: torch.device):
         self.args, self.row, self.device = args, row, device
         self.out = run_folder(args, script)
         rank, world, M = dist.get_rank(), dist.get_world_size(), args.micro_batch
-        # Global sample indices of this rank's micro-batches. Every draw is a function of them, so the cut does not matter.
+        # Global sample indices of this rank's micro-batches. Draws depend on them, not on the cut.
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
         self.latent_shape = latent_shape(args, row)
@@ -222,23 +241,25 @@ class Job:
             self.text = self.vae = None
         else:
             if args.prompts is None:
-                weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)" if args.ckpt is None else ""
-                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv){weights}")
+                weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)"
+                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
+                                 + weights * (args.ckpt is None))
             self.prompts = read_prompts(args.prompts)
-            open_denoiser(args, row)  # a wrong file is refused before the text encoders, a long download, are asked for
+            open_denoiser(args, row)  # a wrong file is refused before the text encoders' long download
             self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
         self.c_null = self.encode([""], [0])
 
     def encode(self, prompts: list[str], indices: list[int]) -> Cond:
-        """Conditions of the prompts; with random weights there are no text encoders, so random ones of the same shape."""
+        """Conditions of the prompts; random ones of their shape for --random-weights: no text encoders."""
         if self.text is not None:
             return self.text.encode(prompts)
         config = self.row.config
-        return Cond(noise((text_tokens(self.row), config["context_dim"]), self.args.seed, 0, "context", indices).to(self.device),
-                    noise((config["pooled_dim"],), self.args.seed, 0, "pooled", indices).to(self.device))
+        context = noise((text_tokens(self.row), config["context_dim"]), self.args.seed, 0, "context", indices)
+        pooled = noise((config["pooled_dim"],), self.args.seed, 0, "pooled", indices)
+        return Cond(context.to(self.device), pooled.to(self.device))
 
     def conditions(self, indices: list[int]) -> Cond:
-        """One prompt per global sample index, the same for the fake and the generator update of an iteration.  # [choice]"""
+        """One prompt per global sample index, the same for both updates of an iteration.  # [choice]"""
         if self.text is None:
             return self.encode([""] * len(indices), indices)
         first = (self.global_iter - 1) * self.args.batch_size
@@ -246,14 +267,15 @@ class Job:
         return self.encode([self.prompts[i] for i in order], indices)
 
     def start(self, **roles: tuple[dict[str, nn.Parameter], torch.optim.Optimizer]) -> None:
-        """Write config.json, or resume; say what is trained. roles: log name -> (named parameters, optimizer)."""
+        """Write config.json, or resume; say what is trained. roles: log name -> (parameters, optimizer)."""
         self.roles, args = roles, self.args
         for role, (params, opt) in roles.items():
             stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
-            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change of that size is "
-                   f"lost to float32 rounding in {100 * stuck / total:.1f} % of them")
+            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change "
+                   f"of that size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
         if bool(args.lora_rank) != bool(self.row.lora_rank) and args.lr_theta == self.row.lr_theta:
-            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {self.row.lora_rank}, not for {args.lora_rank}")
+            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for "
+                   f"--lora-rank {self.row.lora_rank}, not for {args.lora_rank}")
         if args.resume:
             states = complete_states(self.out / "state")
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
@@ -261,26 +283,31 @@ class Job:
                 raise InputError(f"--resume: {self.out} holds no complete state")
             self.say_what_changed()
             progress = load_state(path, roles)
-            self.gen_iter, self.global_iter, self.skipped = (progress[k] for k in ("gen_iter", "global_iter", "skipped"))
+            self.gen_iter, self.global_iter = progress["gen_iter"], progress["global_iter"]
+            self.skipped = progress["skipped"]
             print0(f"resumed {path}: generator update {self.gen_iter}")
         if is_main() and not args.profile:
             try:
-                self.out.mkdir(parents=True, exist_ok=bool(args.resume) or not (self.out / "config.json").exists())
+                unused = not (self.out / "config.json").exists()
+                self.out.mkdir(parents=True, exist_ok=bool(args.resume) or unused)
             except FileExistsError:
-                raise InputError(f"{self.out}: another run has taken this folder meanwhile; start again") from None
+                raise InputError(f"{self.out}: another run has taken this folder meanwhile; "
+                                 "start again") from None
             # What an abandoned branch has left behind goes, as its metrics do.
             for state in complete_states(self.out / "state"):
                 if int(state.name[5:]) > self.global_iter:
                     shutil.rmtree(state)
             truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-            config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
-                          world_size=dist.get_world_size())
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                 text=True).stdout.strip()
+            config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git,
+                          torch=torch.__version__, world_size=dist.get_world_size())
             (self.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out)
-        self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it", dynamic_ncols=True)
+        self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it",
+                        dynamic_ncols=True)
         self.stop = False
         signal.signal(signal.SIGTERM, self._request_stop)
 
@@ -289,7 +316,8 @@ class Job:
         if (self.out / "config.json").exists():
             before = json.loads((self.out / "config.json").read_text())["args"]
             now = json.loads(json.dumps(vars(self.args), default=str))
-            changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+            changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})"
+                       for name, value in before.items()
                        if name not in ("out", "resume", "max_iter") and now.get(name, value) != value]
             if changed:
                 print0(f"changed since this run was last started: {', '.join(changed)}")
@@ -305,7 +333,7 @@ class Job:
         return Log()
 
     def phase(self, name: str) -> None:
-        """Close a phase of the iteration: --profile keeps its seconds, without the first iteration's, and its peak memory."""
+        """Close a phase: --profile keeps its seconds, without the first iteration's, and its peak memory."""
         if self.args.profile:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -316,40 +344,45 @@ class Job:
             self.lap = time.perf_counter()
 
     def end(self, log: Log, gen_iter: int) -> bool:
-        """Log the iteration, save and sample when due. True: stop now (SIGTERM, or too many non-finite iterations)."""
+        """Log, save when due. True: stop now (SIGTERM). InputError after MAX_BAD non-finite ones in a row."""
         args, due = self.args, gen_iter > self.gen_iter
         self.gen_iter = gen_iter
         self.bad = 0 if log.finite() else self.bad + 1
         self.skipped += not log.finite()
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
+                else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
                   seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
         if is_main() and not args.profile:
             append_jsonl(self.out / "metrics.jsonl", log.row)
             for name, value in log.row.items() if self.board else ():
-                self.board.add_scalar(name, sum(value) / len(value) if isinstance(value, list) else value, self.global_iter)
+                value = sum(value) / len(value) if isinstance(value, list) else value
+                self.board.add_scalar(name, value, self.global_iter)
         if due:
             self.history.append(log.row)
             self.bar.update()
-            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {sum(log.row['margin']) / len(log.row['margin']):+.4f}")
+            margin = sum(log.row["margin"]) / len(log.row["margin"])
+            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {margin:+.4f}")
             if gen_iter % 100 == 0 and is_main():
                 self.bar.write(f"{gen_iter}: {health(self.history)}")
         stop = any_rank(self.stop) or self.bad >= MAX_BAD
-        if not args.profile and (stop or due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)):
+        due = due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)
+        if not args.profile and (stop or due):
             progress = dict(gen_iter=gen_iter, global_iter=self.global_iter, skipped=self.skipped)
             save_state(self.out / "state", self.global_iter, self.roles, progress)
         if self.bad >= MAX_BAD:
-            raise InputError(f"{MAX_BAD} iterations in a row had a non-finite loss or gradient; state saved in {self.out / 'state'}")
+            raise InputError(f"{MAX_BAD} iterations in a row had a non-finite loss or gradient; "
+                             f"state saved in {self.out / 'state'}")
         return stop
 
     # ---- pictures, export, closing comparison
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
         return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
-                                 batch=2 * self.args.micro_batch)
+                        batch=2 * self.args.micro_batch)
 
     def sample_grid(self, G_theta: Denoiser, tn: Tensor) -> None:
-        """samples/XXXXXXXX.png of the generator every --sample-every updates: the same prompts and noise each time."""
+        """samples/XXXXXXXX.png of the generator every --sample-every updates: same prompts, same noise."""
         if self.vae is not None and self.gen_iter % self.args.sample_every == 0:
             images = self.sample(G_theta, list(self.row.sample_prompts), tn)
             if is_main():
@@ -361,7 +394,8 @@ class Job:
         if self.args.profile:
             return self.print_profile()
         if self.gen_iter < self.args.max_iter:
-            return print0(f"stopped at generator update {self.gen_iter}; continue with --resume --out {self.out}")
+            return print0(f"stopped at generator update {self.gen_iter}; "
+                          f"continue with --resume --out {self.out}")
         if self.vae is None:
             return
         export(self.args, self.row, G_theta, self.out)
@@ -369,16 +403,16 @@ class Job:
             self.compare(F_phi, G_theta, tn)
 
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
-        """Teacher at full steps, teacher at N steps and student at N steps, from the same noise: compare.png, and where the data
-        are procedural the exact figures in comparison.json."""
+        """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, and where
+        the data are procedural the exact figures in comparison.json."""
         from models import tiny
-        row, args, N = self.row, self.args, len(tn) - 1
+        row, args, N, w = self.row, self.args, len(tn) - 1, self.row.teacher_cfg
         exact = row.procedural and tuple(args.size) == row.size
-        prompts = tiny.evaluation_prompts(args.evaluate) if exact else list(row.sample_prompts)[:args.evaluate]
+        prompts = tiny.evaluation_prompts(args.evaluate) if exact else [*row.sample_prompts][:args.evaluate]
         full = teacher_times(row.teacher_steps, row.shift).to(self.device)
         lines, figures = [], {}
-        for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {row.teacher_cfg:g}", F_phi, full, row.teacher_cfg),
-                                     (f"teacher, {N} steps, guidance {row.teacher_cfg:g}", F_phi, tn, row.teacher_cfg),
+        for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
+                                     (f"teacher, {N} steps, guidance {w:g}", F_phi, tn, w),
                                      (f"student, {N} steps", G_theta, tn, None)):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
@@ -393,10 +427,12 @@ class Job:
             print(f"pictures: {self.out / 'compare.png'}, generator: {self.out}", flush=True)
 
     def print_profile(self) -> None:
-        iterations, samples = max(1, self.args.profile - 1), self.global_iter * sum(map(len, self.micro_batches))
+        iterations = max(1, self.args.profile - 1)
+        samples = self.global_iter * sum(map(len, self.micro_batches))
         lines = [(name, seconds / iterations, self.gib.get(name)) for name, seconds in self.seconds.items()]
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        lines.append(("iteration", sum(self.seconds.values()) / iterations, max(self.gib.values(), default=None)))
+        total, peak = sum(self.seconds.values()), max(self.gib.values(), default=None)
+        lines.append(("iteration", total / iterations, peak))
         for name, seconds, gib in lines:
             print0(f"{name:14} {seconds:8.3f} s/it" + (f"  peak {gib:6.2f} GiB" if gib else ""))
         print0(f"peak host memory of rank 0: {host:.2f} GiB")
