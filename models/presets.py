@@ -107,7 +107,7 @@ PRESETS = {
         ckpt=HERE / "tiny" / "tiny_sd3.safetensors", repo="", file="tiny_sd3.safetensors", text_files=(),
         tokenizers=str(HERE / "tiny"),
         latent_channels=4, vae_factor=4, vae_groups=8, vae_shift=0.0, vae_scale=1.0,
-        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=2, cfg=(2.0, 4.0), teacher_cfg=3.0,
-        lr_theta=2e-5, lr_psi=2e-4, lr_tau=1e-3, batch_size=16, micro_batch=16, max_iter=400, head_width=64,
+        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=1, cfg=(1.5, 2.5), teacher_cfg=3.0,
+        lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, max_iter=400, head_width=128,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, procedural=True),
 }

@@ -412,8 +412,8 @@ class Job:
         full = teacher_times(row.teacher_steps, row.shift).to(self.device)
         lines, figures = [], {}
         for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
-                                     (f"teacher, {N} steps, guidance {w:g}", F_phi, tn, w),
-                                     (f"student, {N} steps", G_theta, tn, None)):
+                                     (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, tn, w),
+                                     (f"student, {N} step{'s' * (N > 1)}", G_theta, tn, None)):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
             if exact:
