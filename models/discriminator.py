@@ -30,7 +30,7 @@ class Head2d(nn.Module):
             layers += [nn.Conv2d(width if i else channels, width, 4, stride=2, padding=1),
                        nn.GroupNorm(32, width), nn.SiLU()]
         self.shrink = nn.Sequential(*layers)
-        self.logit = nn.Conv2d(width, 1, 1)
+        self.logit = nn.Conv2d(width if layers else channels, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logit(self.shrink(x.to(self.logit.weight.dtype))).mean((1, 2, 3))

@@ -99,7 +99,7 @@ class StreamBlock(nn.Module):
 
     def residual(self, x: Tensor, attention: Tensor, m: tuple[Tensor, ...], lora: tuple) -> Tensor:
         """x + gated attention; `mlp_residual` follows (the second image attention comes between the two)."""
-        return torch.addcmul(x, m[2], self.attn.proj(attention, *lora))
+        return torch.addcmul(x, m[2], self.attn.proj(attention.contiguous(), *lora))
 
     def mlp_residual(self, x: Tensor, m: tuple[Tensor, ...], lora: tuple) -> Tensor:
         return torch.addcmul(x, m[5], self.mlp(modulate(x, m[3], m[4]), lora))

@@ -146,8 +146,8 @@ def test_a_finished_run_is_exported_again(copy):
 
 
 def test_resume_says_which_flags_changed(copy, capsys):
-    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy, "--steps", 1)
-    assert "changed since this run was last started: --save-every 500 (was 1), --steps 1 (was 2)\n" in capsys.readouterr().out
+    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy, "--steps", 2)
+    assert "changed since this run was last started: --save-every 500 (was 1), --steps 2 (was 1)\n" in capsys.readouterr().out
 
 
 def test_resume_without_a_state(tmp_path):
