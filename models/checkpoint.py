@@ -302,7 +302,7 @@ def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
     name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
     if ckpt is not None:
         if not Path(ckpt).exists():
-            raise InputError(f"{ckpt}: no such file or folder; expected {file}, as in {repo}")
+            raise InputError(f"{ckpt}: no such file or folder; expected {file}" + (f", as in {repo}" if repo else ""))
         inside = Path(ckpt) / file
         return inside if inside.exists() else Path(ckpt)
     from huggingface_hub import constants, hf_hub_download, snapshot_download  # slow to import, seldom needed
