@@ -2,6 +2,7 @@
 
     python adm.py                                                         # embedded tiny-sd3, two CPU cores
     torchrun --nproc_per_node 8 adm.py --model sd3-medium --prompts FILE  # Table 2; all flags: --help
+    torchrun --nproc_per_node 8 adm.py --model sdxl --prompts FILE --init runs/adp-sdxl-000  # Table 1
 
 Reads a checkpoint in its original layout and a prompt file; writes runs/adm-MODEL-NNN/ with config.json,
 metrics.jsonl, sample grids, the resumable state and the exported generator.
@@ -13,6 +14,7 @@ Shapes: latents B C H W, times and scales B. Comments cite Algorithm 1 ("Alg. 1 
 """
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.functional import mse_loss, relu
@@ -36,6 +38,8 @@ from models.parallel import adamw, init_distributed, set_trainable, update
 def parse_args(argv=None):
     parser = run.training_parser("adm", __doc__)
     add = parser.add_argument
+    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
+    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
     add("--steps", type=int, help="N, steps of the generator")
     add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
@@ -58,11 +62,11 @@ def main(args):
     adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
     base = load(adapters={name: rank for name, rank in adapters.items() if rank})
     F_phi = Denoiser(base, row.predicts, row.schedule)                                 # Alg. 1 l. 1
-    tn = generator_times(args.steps, row.shift).to(device)                             # Alg. 1 l. 2
     if args.lora_rank:                                                                 # Alg. 1 l. 3
         G_theta = replace(F_phi, lora=("generator",))
     else:
-        G_theta = replace(F_phi, net=load(trainable=True))
+        G_theta = networks.load_generator(args, row, mesh, device)
+    tn = generator_times(args.steps, row.shift, G_theta.schedule).to(device)           # Alg. 1 l. 2
     if args.fake_lora:
         f_psi = replace(F_phi, lora=("fake",))
     else:

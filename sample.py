@@ -59,7 +59,7 @@ def from_run_folder(args) -> None:
 
 
 def exported(args) -> dict[str, str]:
-    """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.shift."""
+    """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.predicts, ..."""
     files = [path for path in (args.ckpt, args.lora) if path and path.is_file()]
     return {key: value for path in files for key, value in open_tensors(path).metadata.items()
             if key.startswith("dmdx.")}
@@ -79,7 +79,9 @@ def main(args):
     student = "dmdx.steps" in metadata
     steps = args.steps or int(metadata.get("dmdx.steps", row.teacher_steps))
     shift = float(metadata.get("dmdx.shift", row.shift))
-    tn = (generator_times if student else teacher_times)(steps, shift).to(device)
+    F = Denoiser(net, metadata.get("dmdx.predicts", row.predicts),
+                 metadata.get("dmdx.schedule", row.schedule))
+    tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
 
     if args.prompt is not None:
@@ -88,9 +90,8 @@ def main(args):
         prompts = read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
-    F = Denoiser(net, row.predicts, row.schedule)
     images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed,
-                               None if cfg == 1 else cfg, args.batch)
+                               None if cfg == 1 else cfg, args.batch, row.decode_batch)
     if is_main():
         for i, (image, prompt) in enumerate(zip(images, prompts)):
             save_png(args.out / f"{i:03d}.png", image,

@@ -1,4 +1,4 @@
-"""Prompt files, stateless sampling, pictures and metrics.
+"""Prompt files, stateless sampling, ODE pairs, pictures and metrics.
 
 Which prompt, noise and time a sample gets depends on (seed, iteration, purpose, global sample index) alone,
 never on a running generator: any number of ranks cuts the same batch, and resuming needs no data state.
@@ -6,8 +6,10 @@ never on a running generator: any number of ranks cuts the same batch, and resum
 import csv
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from models.checkpoint import InputError, replacing, some
+from models.checkpoint import InputError, Tensors, open_tensors, replacing, save_safetensors, some
 
 # JourneyDB's annotations have "prompt", PartiPrompts.tsv "Prompt", COCO's files "caption" or "text".
 FIELDS = ("prompt", "caption", "text")
@@ -154,6 +156,141 @@ def noise(shape: tuple[int, ...], seed: int, iteration: int, purpose: str, indic
 def uniform(seed: int, iteration: int, purpose: str, indices: Sequence[int]) -> Tensor:
     """U[0, 1), (len(indices),) float32 on the CPU: one draw per global sample index, a multiple of 2^-24."""
     return torch.tensor([(hashed(seed, iteration, purpose, index) >> 104) / 2 ** 24 for index in indices])
+
+
+# ---- ODE pairs ---------------------------------------------------------------------------------------------
+# A folder of shards, files of x_T and x_0 (B C h w), guidance scale w (B,), index (B,) and prompts (the bytes
+# of a JSON list), and manifest.json: the settings, the "count" asked for, and the "shards" that are finished.
+# A shard is written before the manifest names it: whatever is not named there does not count.
+
+def sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """Raises InputError when there is none or it is damaged."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a folder of ODE pairs made by collect_odes.py")
+    try:
+        manifest = json.loads(path.read_bytes())
+        for key in ("model", "size", "latent_shape", "count"):
+            manifest[key]
+        for entry in manifest["shards"]:
+            entry["file"], entry["sha256"], entry["first"] + entry["count"] + entry["bytes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, not the manifest of ODE pairs "
+                         f"({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: dict) -> None:
+    with replacing(Path(folder) / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def write_shard(folder: str | Path, first: int, x_T: Tensor, x_0: Tensor, w: Tensor,
+                prompts: list[str]) -> dict:
+    """Write the pairs from index `first` on: the shard's entry for the manifest."""
+    path = Path(folder) / f"pairs_{first:08d}-{first + len(x_0) - 1:08d}.safetensors"
+    # Not in the file's metadata, whose order in the file differs from one writing to the next.
+    text = torch.frombuffer(bytearray(json.dumps(prompts).encode()), dtype=torch.uint8)
+    index = torch.arange(first, first + len(x_0))
+    save_safetensors(path, dict(x_T=x_T, x_0=x_0, w=w, index=index, prompts=text))
+    return dict(file=path.name, first=first, count=len(x_0), bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def shard_fault(folder: str | Path, manifest: dict, entry: dict, every_byte: bool = True) -> str:
+    """What is wrong with a finished shard, "" if nothing; without `every_byte` only size and header count."""
+    path, n = Path(folder) / entry["file"], entry["count"]
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.stat().st_size} bytes, expected {entry['bytes']}"
+    try:
+        tensors = open_tensors(path)
+    except InputError:
+        return "damaged header"
+    latents = (n, *manifest["latent_shape"])
+    expected = {"x_T": latents, "x_0": latents, "w": (n,), "index": (n,)}
+    wrong = [name for name, shape in expected.items() if tensors.shapes.get(name) != shape]
+    if wrong or "prompts" not in tensors:
+        return f"another shape of {some(wrong or ['prompts'])}"
+    if every_byte and sha256(path) != entry["sha256"]:
+        return "its sha256 is not that of the manifest"
+    if every_byte and tensors["index"].tolist() != list(range(entry["first"], entry["first"] + n)):
+        return f"not the pairs {entry['first']} to {entry['first'] + n - 1}"
+    return ""
+
+
+class Pairs:
+    """Finished ODE pairs of a folder; `open_pairs` makes it. `total`: how many the folder will have."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest = folder, manifest
+        self.shards, self.total = manifest["shards"], manifest["count"]
+        self.starts = [0, *accumulate(entry["count"] for entry in self.shards)]
+        self.opened: dict[int, Tensors] = {}
+        self.prompts: dict[int, list[str]] = {}  # of the shards whose bytes have been checked
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __str__(self) -> str:
+        height, width = self.manifest["size"]
+        unfinished = f" of {self.total}, not all collected yet" * (len(self) < self.total)
+        return (f"{self.folder}: ODE pairs of {self.manifest['model']} at {height}x{width}, "
+                f"{len(self)}{unfinished}")
+
+    def shard(self, k: int) -> Tensors:
+        if k not in self.opened:
+            path = self.folder / self.shards[k]["file"]
+            fault = shard_fault(self.folder, self.manifest, self.shards[k], every_byte=False)
+            if fault:
+                raise InputError(damaged(path, fault))
+            if len(self.opened) >= 256:  # an open file each
+                self.opened.pop(next(iter(self.opened)))
+            self.opened[k] = open_tensors(path)
+            if k not in self.prompts:
+                self.prompts[k] = json.loads(self.opened[k]["prompts"].numpy().tobytes())
+        return self.opened[k]
+
+    def read(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """(x_T (B C h w), x_0 (B C h w), prompts), float32 on the CPU; an index is a place in range(len).
+
+        Reads these rows only; the first time all of their shard, and raises InputError if it is damaged."""
+        x_T, x_0, prompts = [], [], []
+        for i in indices:
+            i = range(len(self))[i]
+            k = bisect_right(self.starts, i) - 1
+            tensors, row = self.shard(k), i - self.starts[k]
+            x_T.append(tensors.rows("x_T", row, row + 1))
+            x_0.append(tensors.rows("x_0", row, row + 1))
+            prompts.append(self.prompts[k][row])
+        return torch.cat(x_T).float(), torch.cat(x_0).float(), prompts
+
+
+def damaged(path: Path, fault: str) -> str:
+    return f"{path}: {fault}; `collect_odes.py --verify --out {path.parent}` checks every shard"
+
+
+def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...]) -> Pairs:
+    """The pairs in a folder of collect_odes.py. Raises InputError for another model or size, when no pair is
+    finished, and when a shard is missing or cut short; its bytes are checked when it is first read."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    found, expected = (" x ".join(map(str, shape)) for shape in (manifest["latent_shape"], latent_shape))
+    if (manifest["model"], found) != (model, expected):
+        height, width = manifest["size"]
+        raise InputError(f"{folder}: pairs of {manifest['model']} at {height}x{width}, latents {found}; "
+                         f"expected {model}, latents {expected}")
+    for entry in manifest["shards"]:
+        fault = shard_fault(folder, manifest, entry, every_byte=False)
+        if fault:
+            raise InputError(damaged(folder / entry["file"], fault))
+    if not manifest["shards"]:
+        raise InputError(f"{folder}: 0 of {manifest['count']} pairs are finished; let collect_odes.py go on")
+    return Pairs(folder, manifest)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------

@@ -70,17 +70,24 @@ def shift_time(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def generator_times(steps: int, shift: float) -> Tensor:
+def generator_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The generator's schedule {t_0 = 0, ..., t_N = 1}: N + 1 values, tn[n] being t_n.  # [choice]
 
     Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5 (ComfyUI's
-    sgm_uniform). The teachers' own spacing would start its last step at 0.009 and waste it."""
-    return shift_time(torch.linspace(0, 1, steps + 1), shift)
+    sgm_uniform). The teachers' own spacing would start its last step at 0.009 and waste it. DDPM schedules
+    stay on the grid i/1000."""
+    tn = shift_time(torch.linspace(0, 1, steps + 1), shift)
+    return tn if schedule == "flow" else (1000 * tn).round() / 1000
 
 
-def teacher_times(steps: int, shift: float) -> Tensor:
-    """The original SD3 sampler's sigmas, ascending: 0 and N values; the end points are shifted once before
-    the linear spacing and once after it, as the published sampler does."""
+def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
+    """The original samplers' times, ascending: 0 and N values.
+
+    "flow" is SD3's: the end points are shifted once before the linear spacing and once after it, as the
+    published sampler does. "sdxl" is sgm's: indices 999, ..., evenly spaced and rounded down, none at 0."""
+    if schedule != "flow":
+        index = torch.arange(1, steps + 1) * 999 // steps
+        return torch.cat([torch.zeros(1), (index + 1) / 1000])
     ends = shift_time(torch.tensor([1.0, 0.001]), shift)
     descending = shift_time(torch.linspace(ends[0].item(), ends[1].item(), steps), shift)
     return torch.cat([torch.zeros(1), descending.flip(0)])

@@ -3,6 +3,7 @@
 `args` are the flags of `run.model_flags`. Whatever the user can mend raises InputError.
 """
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import checkpoint, lora
 from models.checkpoint import InputError
 from models.diffusion import Denoiser
-from models.discriminator import Discriminator
-from models.mmdit import MMDiT, config_from_shapes
+from models.discriminator import Discriminator, PixelDiscriminator, load_vision, random_vision
+from models.mmdit import MMDiT
+from models.mmdit import config_from_shapes as mmdit_config
 from models.parallel import (
     any_rank,
     fill_random,
@@ -25,11 +27,15 @@ from models.parallel import (
     shard,
 )
 from models.presets import Preset
-from models.text import SD3Text, load_tokenizers, text_parts
+from models.sdxl_unet import UNet
+from models.sdxl_unet import config_from_shapes as unet_config
+from models.text import SD3Text, SDXLText, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
 from models.vae import config_from_shapes as vae_config
 
 DENOISER = "model.diffusion_model."
+# Preset.family -> the denoiser's class, and its arguments as far as a checkpoint's shapes tell them.
+FAMILIES = {"mmdit": (MMDiT, mmdit_config), "unet": (UNet, unet_config)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,8 +43,18 @@ def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, int, int]:
     return row.latent_channels, args.size[0] // row.vae_factor, args.size[1] // row.vae_factor
 
 
-def text_tokens(row: Preset) -> int:
-    return row.clip_length + row.t5_length
+def sizes(row: Preset) -> tuple[int, int | None]:
+    """(multiple of pixels that a side must be, the largest side or None)."""
+    if row.family == "unet":
+        return row.vae_factor * 2 ** (len(row.config["channel_mult"]) - 1), None
+    multiple = row.vae_factor * row.config["patch"]
+    return multiple, multiple * row.config["pos_grid"]
+
+
+def condition_shapes(row: Preset) -> tuple[tuple[int, int], tuple[int]]:
+    """Shapes (L D) of a prompt's context and (P,) of its vector."""
+    vector = row.config["vector_dim" if row.family == "unet" else "pooled_dim"]
+    return (row.clip_length + row.t5_length, row.config["context_dim"]), (vector,)
 
 
 def source(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
@@ -46,31 +62,39 @@ def source(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
     return checkpoint.open_tensors(checkpoint.find(row.file, args.ckpt, row.repo))
 
 
-def open_denoiser(args: argparse.Namespace, row: Preset) -> checkpoint.Tensors:
-    """The denoiser's tensors. Raises InputError if the file holds another architecture than the preset's."""
-    tensors = source(args, row).group(DENOISER)
+def check_config(args, tensors: checkpoint.Tensors, config_from_shapes: Callable, expected: dict) -> None:
+    """Raises InputError if the tensors are those of another architecture than `expected`."""
     try:
         config = config_from_shapes(tensors.shapes)
-    except (LookupError, ValueError):  # a tensor that tells a size is missing or mis-shaped: named below
-        config = {}
-    wrong = [f"{key} {config[key]} (expected {row.config[key]})" for key in config
-             if config[key] != row.config[key]]
+    except (LookupError, ValueError):  # a tensor that tells a size is missing or mis-shaped: loading names it
+        return
+    wrong = [f"{key} {value} (expected {expected[key]})" for key, value in config.items()
+             if value != expected[key]]
     if wrong:
         raise InputError(f"{tensors.path} is not {args.model}: {', '.join(wrong[:3])}")
+
+
+def open_denoiser(args: argparse.Namespace, row: Preset, init: Path | None = None) -> checkpoint.Tensors:
+    """The denoiser's tensors, of the file `init` or of `source`. Raises InputError if that holds another
+    architecture than the preset's."""
+    tensors = (checkpoint.open_tensors(init) if init else source(args, row)).group(DENOISER)
+    Network, config_from_shapes = FAMILIES[row.family]
+    check_config(args, tensors, config_from_shapes, row.config)
     with torch.device("meta"):
-        expected = MMDiT(**row.config).state_dict()
+        expected = Network(**row.config).state_dict()
     checkpoint.check_names(tensors, {name: tuple(t.shape) for name, t in expected.items()})
     return tensors
 
 
 def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
-                 adapters: dict[str, int] = {}) -> nn.Module:
-    """A sharded denoiser with the checkpoint's weights: float32 when trained, else in --precision.
-    adapters: name -> rank, on a frozen base. Raises InputError for another architecture than the preset's."""
+                 adapters: dict[str, int] = {}, init: Path | None = None) -> nn.Module:
+    """A sharded denoiser with the weights of the checkpoint or of the file `init`: float32 when trained, else
+    in --precision. adapters: name -> rank, on a frozen base. Raises InputError for another architecture than
+    the preset's."""
     compute = DTYPES[args.precision]
-    tensors = None if args.random_weights else open_denoiser(args, row)
+    tensors = None if args.random_weights and not init else open_denoiser(args, row, init)
     with torch.device("meta"):
-        net = MMDiT(**row.config).to(torch.float32 if trainable else compute)
+        net = FAMILIES[row.family][0](**row.config).to(torch.float32 if trainable else compute)
     net.requires_grad_(trainable)
     for name, rank in adapters.items():
         lora.add_lora(net, name, rank)
@@ -85,7 +109,21 @@ def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trai
     return net
 
 
-def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3Text:
+def load_generator(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> Denoiser:
+    """G_theta with weights of its own: the teacher's, or those of --init, a run folder or an exported file,
+    which says what its network predicts and on which schedule. Raises InputError for another model's."""
+    predicts, schedule, init = row.predicts, row.schedule, args.init
+    if init:
+        init = init / "generator.safetensors" if init.is_dir() else init
+        metadata = checkpoint.open_tensors(init).metadata
+        if metadata.get("dmdx.model") != args.model:
+            raise InputError(f"--init {init}: a generator of {metadata.get('dmdx.model', 'no run of ours')}; "
+                             f"expected one of {args.model}")
+        predicts, schedule = metadata["dmdx.predicts"], metadata["dmdx.schedule"]
+    return Denoiser(load_network(args, row, mesh, device, trainable=True, init=init), predicts, schedule)
+
+
+def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3Text | SDXLText:
     """The sharded text encoders: from --text-ckpt, the denoiser's file, the files beside it, or the hub."""
     single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
     if args.text_ckpt:
@@ -99,42 +137,62 @@ def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3T
         if not beside or not all(path.exists() for path in beside):
             beside = [checkpoint.find(f, None, row.repo) for f in wanted]
     parts = text_parts(*beside)
-    if args.no_t5:
-        parts.pop("t5", None)
-    elif "t5" not in parts:
-        raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors "
-                         "in it, or --no-t5")
-    text = SD3Text(parts, load_tokenizers(args.tokenizers), row.t5_length, row.config["context_dim"],
-                   device=device)
+    tokenizers = load_tokenizers(args.tokenizers, t5=row.t5_length > 0)
+    if row.family == "unet":
+        text = SDXLText(parts, tokenizers, tuple(args.size), device=device)
+    else:
+        if args.no_t5:
+            parts.pop("t5", None)
+        elif "t5" not in parts:
+            raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors "
+                             "in it, or --no-t5")
+        text = SD3Text(parts, tokenizers, row.t5_length, row.config["context_dim"], device=device)
     shard(text.to(DTYPES[args.precision]), mesh, DTYPES[args.precision], args.offload)
     materialise(text, device, args.offload)
     return text.load(parts, load_sharded)
 
 
 def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL:
-    """The whole VAE on every rank, float32: it is small, and its float16 form overflows on some images."""
-    tensors = source(args, row).group("first_stage_model.")
-    try:
-        config = vae_config(tensors.shapes)
-    except (LookupError, ValueError) as error:
-        raise InputError(f"{tensors.path}: the VAE's architecture cannot be read ({error})") from error
+    """The whole VAE on every rank, frozen, in --vae-precision. Raises InputError for another architecture."""
     with torch.device("meta"):
-        vae = AutoencoderKL(**config, shift=row.vae_shift, scale=row.vae_scale, groups=row.vae_groups)
-    checkpoint.load(vae, tensors)
-    return vae.requires_grad_(False).to(device)
+        vae = AutoencoderKL(**row.vae)
+    if args.random_weights:
+        vae.to_empty(device="cpu")
+        fill_random(vae, args.seed)
+    else:
+        tensors = source(args, row).group("first_stage_model.")
+        check_config(args, tensors, vae_config, row.vae)
+        checkpoint.load(vae, tensors)
+    return vae.requires_grad_(False).to(device, DTYPES[args.vae_precision])
 
 
-def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh,
-                      device: torch.device) -> Discriminator:
-    """D_tau on F_phi's own module, its heads sharded, with the same initial values on any number of ranks."""
-    taps = F_phi.net.tap_shapes(*latent_shape(args, row)[-2:])
+def shard_heads(args, build: Callable[[], nn.Module], mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """A discriminator with its heads sharded; their initial values are the same on any number of ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        D_tau = Discriminator(F_phi, tuple(taps), list(taps.values()), row.head_width)
+        D_tau = build()
     D_tau.to("cpu" if args.offload else device)
     shard(D_tau, mesh, DTYPES[args.precision], args.offload)
     settle(D_tau)
     return D_tau
+
+
+def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh,
+                      device: torch.device) -> Discriminator:
+    """The latent D_tau on F_phi's own module."""
+    taps = F_phi.net.tap_shapes(*latent_shape(args, row)[-2:])
+    return shard_heads(args, lambda: Discriminator(F_phi, tuple(taps), list(taps.values()), row.head_width),
+                       mesh, device)
+
+
+def new_pixel_discriminator(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> PixelDiscriminator:
+    """D_tau2 on the features of --pixel-encoder, which every rank holds whole."""
+    path = args.pixel_ckpt or (row.pixel_ckpt if args.pixel_encoder == "sam" else None)
+    if args.random_weights and path is None:
+        encoder = random_vision(args.pixel_encoder, DTYPES[args.precision], device)
+    else:
+        encoder = load_vision(args.pixel_encoder, path, DTYPES[args.precision], device)
+    return shard_heads(args, lambda: PixelDiscriminator(encoder, row.head_width), mesh, device)
 
 
 def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
@@ -148,7 +206,8 @@ def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
 def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
     """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all
     weights in the original single-file layout with the checkpoint's VAE and text encoders unchanged."""
-    metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift)}
+    metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift),
+                "dmdx.predicts": G_theta.predicts, "dmdx.schedule": G_theta.schedule}
     if G_theta.lora:
         lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)
         lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, G_theta.lora[0], metadata)

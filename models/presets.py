@@ -10,21 +10,20 @@ HERE = Path(__file__).resolve().parent
 
 class Preset(NamedTuple):
     # the checkpoint
+    family: str                         # of the denoiser and the text encoders: models/networks.py
     config: dict                        # architecture of the denoiser, checked against the file
     ckpt: Path | None                   # local file; None: `file` of the Hugging Face repository `repo`
     repo: str
     file: str
-    text_files: tuple[str, str, str]    # CLIP-L, CLIP-G, T5 in that repository; empty: inside the single file
-    tokenizers: str                     # repository or folder with tokenizer/, tokenizer_2/, tokenizer_3/
+    text_files: tuple[str, ...]         # CLIP-L, CLIP-G, T5 in that repository; empty: inside the single file
+    tokenizers: str                     # repository or folder with tokenizer/ and, for T5, tokenizer_3/
     predicts: str                       # what the network outputs, and on which schedule
     schedule: str
     latent_channels: int
     vae_factor: int                     # pixels per latent
-    vae_groups: int                     # of its GroupNorms: not readable from shapes
-    vae_shift: float
-    vae_scale: float
+    vae: dict                           # arguments of AutoencoderKL, checked against the file
     clip_length: int                    # tokens of CLIP-L and CLIP-G
-    t5_length: int                      # tokens of T5: 256 as in diffusers, or 77, the original's minimum
+    t5_length: int                      # tokens of T5: 256 as in diffusers, 77 the original's minimum, 0 none
     # sampling
     size: tuple[int, int]               # height, width in pixels
     shift: float                        # timestep shift of the teacher's and of the generator's schedule
@@ -32,7 +31,7 @@ class Preset(NamedTuple):
     teacher_cfg: float
     # distillation
     steps: int                          # N
-    cfg: tuple[float, float]            # guidance of the real score, uniform per sample
+    cfg: tuple[float, float]            # guidance of the real score and of ODE pairs, uniform per sample
     lora_rank: int                      # 0: all weights are trained
     lr_theta: float
     lr_psi: float
@@ -41,11 +40,19 @@ class Preset(NamedTuple):
     micro_batch: int                    # [choice] except SDXL's 4 (Table 7)
     max_iter: int
     head_width: int                     # [choice] channels of the discriminator's heads
+    # pre-training with ODE pairs (ADP)
+    adp_lr_theta: float
+    adp_lr_tau: float
+    adp_max_iter: int
+    lambdas: tuple[float, float]        # of the latent and of the pixel discriminator, Eqs. (9), (10)
+    pixel_ckpt: Path | None             # SAM's file; None: the hub
+    pair_count: int                     # [choice] ODE pairs that collect_odes.py makes
+    decode_batch: int                   # [choice] pictures decoded at once: each costs gigabytes at 1024 px
     # the job
     prompts: Path | None                # default prompt file
     sample_prompts: tuple[str, ...]
     evaluate: int                       # samples in the closing comparison of teacher and student
-    procedural: bool                    # data known exactly, and so is the evaluation (models/tiny.py)
+    procedural: bool                    # data known exactly, and so is the evaluation (models/shapes.py)
 
 
 PROMPTS = (
@@ -71,6 +78,7 @@ TINY_PROMPTS = (
 )
 
 SD3 = Preset(
+    family="mmdit",
     config=dict(depth=24, width=1536, heads=24, patch=2, in_channels=16, pos_grid=192, context_dim=4096,
                 pooled_dim=2048, qk_norm=False, attn2=()),
     ckpt=None, repo="stabilityai/stable-diffusion-3-medium", file="sd3_medium.safetensors",
@@ -78,11 +86,15 @@ SD3 = Preset(
                 "text_encoders/t5xxl_fp16.safetensors"),
     tokenizers="stabilityai/stable-diffusion-3-medium-diffusers",
     predicts="velocity", schedule="flow",
-    latent_channels=16, vae_factor=8, vae_groups=32, vae_shift=0.0609, vae_scale=1.5305,
+    latent_channels=16, vae_factor=8,
+    vae=dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, quant=False, shift=0.0609,
+             scale=1.5305, groups=32),
     clip_length=77, t5_length=256,
     size=(1024, 1024), shift=3.0, teacher_steps=28, teacher_cfg=7.0,
     steps=4, cfg=(6.0, 8.0), lora_rank=64, lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6,
     batch_size=128, micro_batch=4, max_iter=8000, head_width=256,
+    adp_lr_theta=1e-6, adp_lr_tau=5e-6, adp_max_iter=8000, lambdas=(0.85, 0.15), pixel_ckpt=None,
+    pair_count=50_000, decode_batch=1,
     prompts=None, sample_prompts=PROMPTS, evaluate=12, procedural=False)
 
 SD35 = SD3._replace(
@@ -91,7 +103,17 @@ SD35 = SD3._replace(
     tokenizers="stabilityai/stable-diffusion-3.5-large",
     teacher_cfg=3.5, cfg=(3.0, 4.0), lora_rank=0, lr_theta=1e-8)
 
+SDXL = SD3._replace(
+    family="unet",
+    config=dict(model_channels=320, channel_mult=(1, 2, 4), num_res_blocks=2, depth=(0, 2, 10),
+                middle_depth=10, context_dim=2048, vector_dim=2816, in_channels=4, linear=True, head_dim=64, groups=32),
+    repo="stabilityai/stable-diffusion-xl-base-1.0", file="sd_xl_base_1.0.safetensors", text_files=(),
+    tokenizers="stabilityai/stable-diffusion-xl-base-1.0", predicts="epsilon", schedule="sdxl",
+    latent_channels=4, vae=SD3.vae | dict(z_channels=4, quant=True, shift=0.0, scale=0.13025), t5_length=0,
+    shift=1.0, teacher_steps=25, steps=1, lora_rank=0, lr_theta=1e-7)
+
 PRESETS = {
+    "sdxl": SDXL,
     "sd3-medium": SD3,
     "sd3.5-large": SD35,
     # Not in the paper: SD3.5-Large's settings on the smaller model.  # [choice]
@@ -106,8 +128,23 @@ PRESETS = {
                     pooled_dim=128, qk_norm=True, attn2=()),
         ckpt=HERE / "tiny" / "tiny_sd3.safetensors", repo="", file="tiny_sd3.safetensors", text_files=(),
         tokenizers=str(HERE / "tiny"),
-        latent_channels=4, vae_factor=4, vae_groups=8, vae_shift=0.0, vae_scale=1.0,
+        latent_channels=4, vae_factor=4,
+        vae=dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, quant=False, shift=0.0, scale=1.0,
+                 groups=8),
         clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=1, cfg=(1.5, 2.5), teacher_cfg=3.0,
         lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, max_iter=400, head_width=128,
+        decode_batch=16,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, procedural=True),
 }
+
+TINY = PRESETS["tiny-sd3"]
+PRESETS["tiny-sdxl"] = SDXL._replace(
+    config=dict(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, depth=(0, 1, 2), middle_depth=2,
+                context_dim=128, vector_dim=1600, in_channels=4, linear=True, head_dim=32, groups=8),
+    ckpt=HERE / "tiny" / "tiny_sdxl.safetensors", repo="", file="tiny_sdxl.safetensors",
+    tokenizers=TINY.tokenizers, latent_channels=4, vae_factor=4, vae=TINY.vae | dict(quant=True),
+    clip_length=8, size=(32, 32), cfg=TINY.cfg, teacher_cfg=3.0,
+    lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, max_iter=400, head_width=128,
+    adp_lr_theta=5e-5, adp_lr_tau=1e-3, adp_max_iter=400, pixel_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
+    pair_count=1024, decode_batch=16,
+    prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, procedural=True)

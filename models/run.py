@@ -24,10 +24,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
+from models import shapes
 from models.checkpoint import InputError
 from models.data import append_jsonl, noise, prompt_index, read_prompts, save_grid, save_rows, truncate_jsonl
-from models.diffusion import Denoiser, teacher_times
-from models.networks import DTYPES, export, latent_shape, load_text, load_vae, open_denoiser, text_tokens
+from models.diffusion import Denoiser, generator_times, teacher_times
+from models.networks import (
+    DTYPES,
+    condition_shapes,
+    export,
+    latent_shape,
+    load_text,
+    load_vae,
+    open_denoiser,
+    sizes,
+)
 from models.parallel import (
     any_rank,
     complete_states,
@@ -60,7 +70,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
-    parser.set_defaults(no_checkpointing=True, random_weights=False)  # for those who only sample
+    add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those who only sample
 
 
 def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
@@ -69,7 +80,6 @@ def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
     add = parser.add_argument
-    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
     add("--resume", nargs="?", const="newest", metavar="STATE",
         help="continue --out (or the newest run) from its newest complete state")
@@ -97,11 +107,10 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     row = PRESETS[args.model]
     fill(args, row, ("ckpt", "tokenizers", "size"))
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    multiple = row.vae_factor * row.config["patch"]
-    largest = row.config["pos_grid"] * multiple
-    if any(side % multiple or not multiple <= side <= largest for side in args.size):
-        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple} "
-                         f"up to {largest}")
+    multiple, largest = sizes(row)
+    if any(side % multiple or not multiple <= side <= (largest or side) for side in args.size):
+        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple}"
+                         + f" up to {largest}" * (largest is not None))
     return row
 
 
@@ -112,12 +121,21 @@ def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
 
 
-def resolve(args: argparse.Namespace) -> Preset:
-    """`resolve_model` and the batch of a training run. Raises InputError for what cannot be cut evenly."""
+def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
+    """`resolve_model` and the batch of a training run; `adp` takes the row's values for the pre-training.
+    Raises InputError for what cannot be cut evenly."""
     row, world = resolve_model(args), dist.get_world_size()
+    if adp:
+        row = row._replace(lr_theta=row.adp_lr_theta, lr_tau=row.adp_lr_tau, max_iter=row.adp_max_iter)
     fill(args, row, row._fields)
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
+    if args.init and args.lora_rank:
+        raise InputError("--init starts from weights of its own, which no adapter on the teacher's can be: "
+                         "expected --lora-rank 0")
+    if row.family == "unet" and (getattr(args, "lora_rank", 0) or getattr(args, "fake_lora", 0)):
+        raise InputError(f"--model {args.model}: adapters are for the SD3 family; expected --lora-rank 0 "
+                         "and no --fake-lora")
     at_least_1(args, ("steps", "max_iter", "batch_size", "micro_batch", "ttur", "save_every", "sample_every"))
     if args.evaluate < 0 or row.procedural and args.evaluate == 1:
         raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + row.procedural}")
@@ -125,6 +143,14 @@ def resolve(args: argparse.Namespace) -> Preset:
         raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes "
                          f"x --micro-batch {args.micro_batch}")
     return row
+
+
+def read_training_prompts(args: argparse.Namespace, row: Preset) -> list[str]:
+    if args.prompts is None:
+        weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)"
+        raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
+                         + weights * (args.ckpt is None))
+    return read_prompts(args.prompts)
 
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
@@ -176,19 +202,22 @@ def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> Non
 
 def health(history) -> str:
     """One line about the last iterations: what a person would look for in the curves."""
-    rows = list(history)
-    margin = sum(sum(row["margin"]) / len(row["margin"]) for row in rows) / len(rows)
-    hinge = sum(row["loss_tau"] for row in rows) / len(rows)
-    still = [name for name in ("psi", "theta", "tau") if all(row[f"grad_norm_{name}"] == 0 for row in rows)]
+    rows, figures = list(history), ""
+    norms = [key for key in rows[-1] if key.startswith("grad_norm_")]
     drift = rows[-1]["x_0_std"] / max(rows[0]["x_0_std"], 1e-12)
-    worries = [f"{name} has no gradient" for name in still]
-    if len(rows) >= 50:
-        worries += ["D cannot tell x_fake from x_real"] * (abs(margin) < 1e-4)
-        worries += ["D has won: the hinge is at 0"] * (hinge < 0.01)
+    worries = [f"{key.removeprefix('grad_norm_')} has no gradient" for key in norms
+               if all(row[key] == 0 for row in rows)]
+    if "margin" in rows[-1]:  # there is a discriminator
+        margin = sum(sum(row["margin"]) / len(row["margin"]) for row in rows) / len(rows)
+        hinge = sum(row["loss_tau"] for row in rows) / len(rows)
+        figures = f"margin {margin:+.4f} hinge {hinge:.3f} "
+        if len(rows) >= 50:
+            worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4)
+            worries += ["D has won: the hinge is at 0"] * (hinge < 0.01)
     if not 0.67 < drift < 1.5:
         worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(rows)} iterations"]
-    return (f"margin {margin:+.4f} hinge {hinge:.3f} x_0 {rows[-1]['x_0_mean']:+.3f} +- "
-            f"{rows[-1]['x_0_std']:.3f} health: {'; '.join(worries or ['good'])}")
+    return (f"{figures}x_0 {rows[-1]['x_0_mean']:+.3f} +- {rows[-1]['x_0_std']:.3f} "
+            f"health: {'; '.join(worries or ['good'])}")
 
 
 # ---- the job -----------------------------------------------------------------------------------------------
@@ -237,34 +266,33 @@ class Job:
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
+        self.text = self.vae = None
         if args.random_weights:
-            self.text = self.vae = None
+            if script == "adp":  # the only one to decode while it trains
+                self.vae = load_vae(args, row, device)
+            self.c_null = self.random_conditions([0])
         else:
-            if args.prompts is None:
-                weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)"
-                raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
-                                 + weights * (args.ckpt is None))
-            self.prompts = read_prompts(args.prompts)
+            self.prompts = read_training_prompts(args, row) if hasattr(args, "prompts") else []
             open_denoiser(args, row)  # a wrong file is refused before the text encoders' long download
             self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
-        self.c_null = self.encode([""], [0])
+            self.c_null = self.text.unconditional()
 
-    def encode(self, prompts: list[str], indices: list[int]) -> Cond:
-        """Conditions of the prompts; random ones of their shape for --random-weights: no text encoders."""
-        if self.text is not None:
-            return self.text.encode(prompts)
-        config = self.row.config
-        context = noise((text_tokens(self.row), config["context_dim"]), self.args.seed, 0, "context", indices)
-        pooled = noise((config["pooled_dim"],), self.args.seed, 0, "pooled", indices)
-        return Cond(context.to(self.device), pooled.to(self.device))
+    def random_conditions(self, indices: list[int]) -> Cond:
+        """Of the true shapes: --random-weights has no text encoders."""
+        context, pooled = (noise(shape, self.args.seed, 0, name, indices).to(self.device)
+                           for shape, name in zip(condition_shapes(self.row), Cond._fields))
+        return Cond(context, pooled)
+
+    def shuffled(self, indices: list[int], count: int) -> list[int]:
+        """Which of `count` prompts or pairs each global sample index gets in this iteration."""
+        first = (self.global_iter - 1) * self.args.batch_size
+        return [prompt_index(self.args.seed, first + i, count) for i in indices]
 
     def conditions(self, indices: list[int]) -> Cond:
         """One prompt per global sample index, the same for both updates of an iteration.  # [choice]"""
         if self.text is None:
-            return self.encode([""] * len(indices), indices)
-        first = (self.global_iter - 1) * self.args.batch_size
-        order = [prompt_index(self.args.seed, first + i, len(self.prompts)) for i in indices]
-        return self.encode([self.prompts[i] for i in order], indices)
+            return self.random_conditions(indices)
+        return self.text.encode([self.prompts[i] for i in self.shuffled(indices, len(self.prompts))])
 
     def start(self, **roles: tuple[dict[str, nn.Parameter], torch.optim.Optimizer]) -> None:
         """Write config.json, or resume; say what is trained. roles: log name -> (parameters, optimizer)."""
@@ -273,9 +301,10 @@ class Job:
             stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
             print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change "
                    f"of that size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
-        if bool(args.lora_rank) != bool(self.row.lora_rank) and args.lr_theta == self.row.lr_theta:
+        lora_rank = getattr(args, "lora_rank", self.row.lora_rank)
+        if bool(lora_rank) != bool(self.row.lora_rank) and args.lr_theta == self.row.lr_theta:
             print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for "
-                   f"--lora-rank {self.row.lora_rank}, not for {args.lora_rank}")
+                   f"--lora-rank {self.row.lora_rank}, not for {lora_rank}")
         if args.resume:
             states = complete_states(self.out / "state")
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
@@ -319,6 +348,9 @@ class Job:
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})"
                        for name, value in before.items()
                        if name not in ("out", "resume", "max_iter") and now.get(name, value) != value]
+            if before.get("init") != now.get("init"):  # the state does not tell what the network predicts
+                raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this "
+                                 "run was started")
             if changed:
                 print0(f"changed since this run was last started: {', '.join(changed)}")
 
@@ -361,8 +393,8 @@ class Job:
         if due:
             self.history.append(log.row)
             self.bar.update()
-            margin = sum(log.row["margin"]) / len(log.row["margin"])
-            self.bar.set_postfix_str(f"psi {log.row['loss_psi']:.3f} margin {margin:+.4f}")
+            self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.row.items()
+                                              if key.startswith("loss_")))
             if gen_iter % 100 == 0 and is_main():
                 self.bar.write(f"{gen_iter}: {health(self.history)}")
         stop = any_rank(self.stop) or self.bad >= MAX_BAD
@@ -375,15 +407,20 @@ class Job:
                              f"state saved in {self.out / 'state'}")
         return stop
 
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B 3 H W) in [-1, 1] of latents, with gradient; activations are recomputed in backward."""
+        parts = x_0.split(self.row.decode_batch)
+        return torch.cat([self.vae.decode(part, checkpoint=not self.args.no_checkpointing) for part in parts])
+
     # ---- pictures, export, closing comparison
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
         return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
-                        batch=2 * self.args.micro_batch)
+                        2 * self.args.micro_batch, self.row.decode_batch)
 
     def sample_grid(self, G_theta: Denoiser, tn: Tensor) -> None:
         """samples/XXXXXXXX.png of the generator every --sample-every updates: same prompts, same noise."""
-        if self.vae is not None and self.gen_iter % self.args.sample_every == 0:
+        if self.text is not None and self.gen_iter % self.args.sample_every == 0:
             images = self.sample(G_theta, list(self.row.sample_prompts), tn)
             if is_main():
                 save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, columns=4)
@@ -396,7 +433,7 @@ class Job:
         if self.gen_iter < self.args.max_iter:
             return print0(f"stopped at generator update {self.gen_iter}; "
                           f"continue with --resume --out {self.out}")
-        if self.vae is None:
+        if self.text is None:
             return
         export(self.args, self.row, G_theta, self.out)
         if self.args.evaluate:
@@ -405,19 +442,19 @@ class Job:
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
         """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, and where
         the data are procedural the exact figures in comparison.json."""
-        from models import tiny
         row, args, N, w = self.row, self.args, len(tn) - 1, self.row.teacher_cfg
         exact = row.procedural and tuple(args.size) == row.size
-        prompts = tiny.evaluation_prompts(args.evaluate) if exact else [*row.sample_prompts][:args.evaluate]
-        full = teacher_times(row.teacher_steps, row.shift).to(self.device)
+        prompts = shapes.evaluation_prompts(args.evaluate) if exact else [*row.sample_prompts][:args.evaluate]
+        full = teacher_times(row.teacher_steps, row.shift, row.schedule).to(self.device)
+        few = generator_times(N, row.shift, row.schedule).to(self.device)
         lines, figures = [], {}
         for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
-                                     (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, tn, w),
+                                     (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, few, w),
                                      (f"student, {N} step{'s' * (N > 1)}", G_theta, tn, None)):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
             if exact:
-                figures[label] = tiny.evaluate(images, prompts)
+                figures[label] = shapes.evaluate(images, prompts)
         if is_main():
             save_rows(self.out / "compare.png", lines)
             for label, values in figures.items():

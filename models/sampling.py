@@ -9,7 +9,7 @@ from models.diffusion import Denoiser, solve
 
 @torch.no_grad()
 def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, latent_shape: tuple[int, ...],
-             seed: int, cfg: float | None = None, batch: int = 8) -> Tensor:
+             seed: int, cfg: float | None = None, batch: int = 8, decode_batch: int = 1) -> Tensor:
     """Images (len(prompts) 3 H W) uint8 on every rank's CPU: sample i starts from the noise of (seed, i).
 
     tn: ascending times of the ODE's steps; cfg: guidance scale, None for one evaluation a step. The ranks
@@ -18,15 +18,14 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     per_rank = -(-len(prompts) // world)
     # The last prompt fills the rest.
     own = [min(i, len(prompts) - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]
-    c_null = text.encode([""]) if cfg is not None else None
+    c_null = text.unconditional() if cfg is not None else None
     images = []
     for start in range(0, per_rank, batch):
         indices = own[start:start + batch]
         z = noise(latent_shape, seed, 0, "sample", indices).to(device)
         w = torch.full((len(indices),), cfg, device=device) if cfg is not None else None
         x_0 = solve(F, z, tn, text.encode([prompts[i] for i in indices]), c_null, w)
-        # One at a time: the decoder's activations are large.
-        images.append(to_uint8(torch.cat([vae.decode(x[None]) for x in x_0])).cpu())
+        images += [to_uint8(vae.decode(x)).cpu() for x in x_0.split(decode_batch)]
     images = torch.cat(images)
     gathered = [torch.empty_like(images) for _ in range(world)]
     dist.all_gather(gathered, images)

@@ -1,31 +1,40 @@
-"""SD3's text encoders (CLIP-L, CLIP-G, T5 v1.1) through transformers, and the conditioning made of them.
+"""Text encoders of SD3 (CLIP-L, CLIP-G, T5 v1.1) and SDXL (the two CLIPs), and the conditioning made of them.
 
-Each encoder keeps the tensor names of the original files: `text_encoders.<clip_l|clip_g|t5xxl>.transformer.*`
-inside a single file, without that prefix in the encoders' own files and in a diffusers-layout folder.
+Each encoder keeps the tensor names of its file, PREFIXES of a single file removed. The networks are
+transformers' but for a CLIP-G in open_clip's names, as SDXL's single file has it: that is OpenClip.
 
     parts = text_parts("sd3_medium_incl_clips_t5xxlfp16.safetensors")
     text = SD3Text(parts, load_tokenizers("stabilityai/stable-diffusion-3-medium-diffusers"))
     context, pooled = text.load(parts).encode(["a red fox"])
 
-The unconditional of guidance is the encoded empty prompt, `encode([""])`.
-Letters: B prompts, L tokens, D width of the context, P width of the pooled vector.
+    parts = text_parts("sd_xl_base_1.0.safetensors")
+    text = SDXLText(parts, load_tokenizers("stabilityai/stable-diffusion-xl-base-1.0", t5=False))
+
+The unconditional of guidance is `unconditional()`: SD3's encoded empty prompt, SDXL's zeros.
+Letters: B prompts, L tokens, D width of the context, P width of the pooled vector, N heads.
 """
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from models import checkpoint
 from models.checkpoint import InputError, Tensors, open_shards, open_tensors
+from models.mmdit import timestep_embedding
 
-# Attribute of SD3Text -> name in the original files, folder in the diffusers layout.
+# Attribute of SD3Text and SDXLText -> name in SD3's original files, folder in the diffusers layout.
 FILES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
 FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
-# What files hold and the networks do not: SD3 pools CLIP-L unprojected, and T5's embedding is stored twice.
+# Groups of a single file, SD3's and SDXL's.
+PREFIXES = {f"text_encoders.{file}.transformer.": name for name, file in FILES.items()} | {
+    "conditioner.embedders.0.transformer.": "clip_l", "conditioner.embedders.1.model.": "clip_g"}
+# What files hold and the networks do not: CLIP-L is used unprojected, and T5's embedding is stored twice.
 EXTRAS = {
     "clip_l": ("text_projection.weight", "logit_scale", "*position_ids"),
     "clip_g": ("logit_scale", "*position_ids"),
@@ -44,24 +53,25 @@ class Cond(NamedTuple):
 def text_parts(*paths: str | Path) -> dict[str, Tensors]:
     """The encoders in these paths, "clip_l", "clip_g", "t5" -> tensors; a later path replaces an earlier one.
 
-    A path is a single file with text_encoders.* groups, one encoder's file (clip_l*, clip_g*, t5xxl*), a
-    folder of those (of two T5 files the float16 one), or a diffusers-layout folder.
+    A path is a single file with text_encoders.* or conditioner.embedders.* groups, one encoder's file
+    (clip_l*, clip_g*, t5xxl*), a folder of those (of two T5 files the float16 one), or a diffusers-layout
+    folder.
     Raises InputError for a path without any."""
     parts = {}
     for path in map(Path, paths):
         found = folder_parts(path) if path.is_dir() else file_parts(path)
         if not found:
-            raise InputError(f"{path}: no text encoders; expected text_encoders.clip_l.transformer.* in a "
-                             "file, clip_l.safetensors, clip_g.safetensors and t5xxl_fp16.safetensors in a "
-                             "folder, or text_encoder/, text_encoder_2/ and text_encoder_3/")
+            raise InputError(f"{path}: no text encoders; expected text_encoders.clip_l.transformer.* or "
+                             "conditioner.embedders.0.transformer.* in a file, clip_l.safetensors, "
+                             "clip_g.safetensors and t5xxl_fp16.safetensors in a folder, or text_encoder/, "
+                             "text_encoder_2/ and text_encoder_3/")
         parts |= found
     return parts
 
 
 def file_parts(path: Path) -> dict[str, Tensors]:
     tensors = open_tensors(path)
-    prefixes = {name: f"text_encoders.{file}.transformer." for name, file in FILES.items()}
-    groups = {name: tensors.group(prefix) for name, prefix in prefixes.items()
+    groups = {name: tensors.group(prefix) for prefix, name in PREFIXES.items()
               if any(key.startswith(prefix) for key in tensors)}
     return groups or {name: tensors for name, file in FILES.items() if path.name.startswith(file)}
 
@@ -86,15 +96,17 @@ def hub_tensors(folder: Path) -> Tensors:
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
-def load_tokenizers(source: str | Path) -> tuple:
+def load_tokenizers(source: str | Path, t5: bool = True) -> tuple:
     """(CLIP's tokenizer, T5's or None) from tokenizer/ and tokenizer_3/ of a folder or a hub repository.
+    `t5=False` leaves tokenizer_3/ alone, which SDXL's repository lacks; a folder may lack it in any case.
 
     tokenizer_2/ is not used: it has the vocabulary of tokenizer/, but takes every "!" in a prompt for its
     padding token, which the original does not.  # [choice]
     Raises InputError for a folder without tokenizer/, damaged files, a failed download."""
     folder = Path(source)
-    names = [name for name in ("tokenizer", "tokenizer_3") if not folder.is_dir() or (folder / name).is_dir()]
-    expected = "expected a folder with tokenizer/ and tokenizer_3/, as in a diffusers-layout download"
+    wanted = ("tokenizer", "tokenizer_3") if t5 else ("tokenizer",)
+    names = [name for name in wanted if not folder.is_dir() or (folder / name).is_dir()]
+    expected = f"expected a folder with {'/ and '.join(wanted)}/, as in a diffusers-layout download"
     if "tokenizer" not in names:
         raise InputError(f"{source}: {expected}")
     try:
@@ -110,6 +122,12 @@ def pad_ids(rows: list[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
+def clip_ids(tokenizer, prompts: list[str], window: int) -> tuple[Tensor, Tensor]:
+    """Ids (B window) for CLIP-L, padded with the end token, and for CLIP-G, padded with 0."""
+    rows = tokenizer(prompts, truncation=True, max_length=window).input_ids
+    return pad_ids(rows, window, tokenizer.eos_token_id), pad_ids(rows, window, 0)
+
+
 # ---- encoders ----------------------------------------------------------------------------------------------
 
 def shapes_of(tensors: Tensors, kind: str, names: list[str]) -> list[tuple]:
@@ -119,20 +137,73 @@ def shapes_of(tensors: Tensors, kind: str, names: list[str]) -> list[tuple]:
     return [tensors.shapes[name] for name in names]
 
 
+class ResBlock(nn.Module):
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads)  # tensors only: its forward differs by head count
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        q, k, v = rearrange(qkv, "B L (three N D) -> three B N L D", three=3, N=self.attn.num_heads)
+        attention = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn.out_proj(rearrange(attention, "B N L D -> B L (N D)"))
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenClip(nn.Module):
+    """CLIP-G in open_clip's layout: q, k and v are one tensor, the projection is transposed."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width, hidden, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, width))
+        blocks = nn.ModuleList(ResBlock(width, hidden, heads) for _ in range(config.num_hidden_layers))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.projection_dim))
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        *blocks, last = self.transformer["resblocks"]
+        x = self.token_embedding(ids) + self.positional_embedding  # B 77 width
+        for block in blocks:
+            x = block(x)
+        return x, at_end(self.ln_final(last(x)), ids) @ self.text_projection
+
+
 def clip_encoder(tensors: Tensors, activation: str, projected: bool, heads: int | None) -> nn.Module:
-    names = ["embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"]
+    """transformers' network or, for a CLIP-G in open_clip's names, OpenClip."""
+    original = projected and any(name.startswith("transformer.resblocks.") for name in tensors)
+    names = ["token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight"]
+    hub = ["embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"]
     (vocabulary, width), (window, _), (hidden, _) = shapes_of(
-        tensors, "a CLIP text encoder", [f"text_model.{name}.weight" for name in names])
-    clip = CLIPTextModelWithProjection(CLIPTextConfig(
+        tensors, "a CLIP text encoder", names if original else [f"text_model.{name}.weight" for name in hub])
+    norm = ".ln_1.weight" if original else ".layer_norm1.weight"
+    projection = tensors.shapes.get("text_projection" if original else "text_projection.weight", (width,))
+    config = CLIPTextConfig(
         vocab_size=vocabulary, max_position_embeddings=window, hidden_size=width, intermediate_size=hidden,
-        num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in tensors),
+        num_hidden_layers=sum(name.endswith(norm) for name in tensors),
         num_attention_heads=heads or max(1, width // 64), hidden_act=activation,
-        projection_dim=tensors.shapes.get("text_projection.weight", (width,))[0],
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1))
+        projection_dim=projection[-1 if original else 0],
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)
+    if original:
+        return OpenClip(config)
+    clip = CLIPTextModelWithProjection(config)
     if not projected:
         clip.text_projection = nn.Identity()
     del clip.text_model.embeddings.position_ids  # a buffer that no file fills; `run_clip` has its own
     return clip
+
+
+def layers(clip: nn.Module) -> list[nn.Module]:
+    if isinstance(clip, OpenClip):
+        return list(clip.transformer["resblocks"])
+    return list(clip.text_model.encoder.layers)
 
 
 def t5_encoder(tensors: Tensors) -> nn.Module:
@@ -150,11 +221,31 @@ def t5_encoder(tensors: Tensors) -> nn.Module:
 
 def run_clip(clip: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(last layer but one without final norm (B 77 width), pooled (B P))."""
+    if isinstance(clip, OpenClip):
+        return clip(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     out = clip(input_ids=ids, position_ids=positions, output_hidden_states=True)
-    end = ids.argmax(dim=1)  # the end token has the largest id, and argmax finds the first of them
-    pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), end]
-    return out.hidden_states[-2], clip.text_projection(pooled)
+    return out.hidden_states[-2], clip.text_projection(at_end(out.last_hidden_state, ids))
+
+
+def at_end(x: Tensor, ids: Tensor) -> Tensor:
+    """x (B L D) at the end token (B D), which has the largest id; argmax finds the first of them."""
+    return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+
+
+def both_clips(parts: dict[str, Tensors]) -> str:
+    """The files of `parts`, for a sentence. Raises InputError unless both CLIP encoders are there."""
+    given = ", ".join(dict.fromkeys(str(tensors.path) for tensors in parts.values())) or "no file"
+    absent = [name for name in ("clip_l", "clip_g") if name not in parts]
+    if absent:
+        raise InputError(f"{given}: {' and '.join(absent)} missing; expected both CLIP encoders")
+    return given
+
+
+def check_vocabulary(tokenizer, net: nn.Module | None, given: str) -> None:
+    if tokenizer and net and len(tokenizer) > net.config.vocab_size:
+        raise InputError(f"{tokenizer.name_or_path}: a tokenizer of {len(tokenizer)} tokens; "
+                         f"expected at most {net.config.vocab_size}, as in {given}")
 
 
 class SD3Text(nn.Module):
@@ -173,10 +264,7 @@ class SD3Text(nn.Module):
                  device: torch.device | str = "cpu"):
         super().__init__()
         self.tokenizers, self.t5_length, self.device = tokenizers, t5_length, device
-        given = ", ".join(dict.fromkeys(str(tensors.path) for tensors in parts.values())) or "no file"
-        absent = [name for name in ("clip_l", "clip_g") if name not in parts]
-        if absent:
-            raise InputError(f"{given}: {' and '.join(absent)} missing; expected both CLIP encoders")
+        given = both_clips(parts)
         with torch.device("meta"):
             self.clip_l = clip_encoder(parts["clip_l"], "quick_gelu", False, heads.get("clip_l"))
             self.clip_g = clip_encoder(parts["clip_g"], "gelu", True, heads.get("clip_g"))
@@ -189,21 +277,18 @@ class SD3Text(nn.Module):
             raise InputError(f"{given}: CLIP-L and CLIP-G are {clip_width} wide together; expected at most "
                              f"{self.context_dim}, the width of the context")
         for tokenizer, net in zip(tokenizers or (), (self.clip_l, self.t5)):
-            if tokenizer and net and len(tokenizer) > net.config.vocab_size:
-                raise InputError(f"{tokenizer.name_or_path}: a tokenizer of {len(tokenizer)} tokens; "
-                                 f"expected at most {net.config.vocab_size}, as in {given}")
+            check_vocabulary(tokenizer, net, given)
 
     def blocks(self) -> list[nn.Module]:
         t5 = list(self.t5.encoder.block) if self.t5 else []
-        return [*self.clip_l.text_model.encoder.layers, *self.clip_g.text_model.encoder.layers, *t5]
+        return [*layers(self.clip_l), *layers(self.clip_g), *t5]
 
     def load(self, parts: dict[str, Tensors], fill: Callable = checkpoint.load) -> "SD3Text":
         """Fill every encoder by `fill(net, tensors, ignore=patterns)`: sharded by `parallel.load_sharded`.
 
         Raises InputError for missing, extra and mis-shaped tensors."""
-        for name in FILES:
-            if getattr(self, name) is not None:
-                fill(getattr(self, name), parts[name], ignore=EXTRAS[name])
+        for name, net in self.named_children():
+            fill(net, parts[name], ignore=EXTRAS[name])
         return self
 
     def forward(self, l_ids: Tensor, g_ids: Tensor, t5_ids: Tensor) -> Cond:
@@ -227,15 +312,88 @@ class SD3Text(nn.Module):
         """Prompts -> context (B 77+L D) and pooled (B P), float32. Raises InputError without tokenizers."""
         return self.encode_ids(*self.tokenize(prompts))
 
+    def unconditional(self) -> Cond:
+        """The encoded empty prompt, as a batch of one."""
+        return self.encode([""])
+
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids for CLIP-L (padded with the end token), CLIP-G (padded with 0) and T5 (padded with 0)."""
         clip, t5 = self.tokenizers or (None, None)
         if clip is None or self.t5 and t5 is None:
             raise InputError("no tokenizers: expected a folder with tokenizer/ and, for T5, tokenizer_3/")
-        rows = clip(prompts, truncation=True, max_length=self.window).input_ids
-        l_ids, g_ids = (pad_ids(rows, self.window, value) for value in (clip.eos_token_id, 0))
+        l_ids, g_ids = clip_ids(clip, prompts, self.window)
         if self.t5 is None:
             return l_ids, g_ids, torch.zeros(len(prompts), self.t5_length or T5_MINIMUM, dtype=torch.long)
         exact = dict(truncation=True, max_length=self.t5_length) if self.t5_length else {}
         rows = t5(prompts, **exact).input_ids
         return l_ids, g_ids, pad_ids(rows, self.t5_length or max(T5_MINIMUM, *map(len, rows)), 0)
+
+
+def size_embedding(numbers: Tensor) -> Tensor:
+    """Pixels (B n), such as n = 2 heights and widths -> (B n*256): cosines and sines of each number."""
+    return timestep_embedding(numbers.float().flatten()).reshape(len(numbers), -1)
+
+
+class SDXLText(nn.Module):
+    """Prompts -> Cond, its pooled part SDXL's vector y: CLIP-G pooled, then `size_embedding` of the original
+    (height, width), the crop's (top, left) and the target (height, width). The first and the last are `size`,
+    the crop is (0, 0): the picture was neither scaled nor cropped.
+
+    Used as SD3Text: built on `meta` from the shapes in `parts`, filled by `load`, sharded between the two. Of
+    `tokenizers` only CLIP's, the first, is used. Raises InputError for the same."""
+
+    def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None,
+                 size: tuple[int, int] = (1024, 1024), heads: dict[str, int] = {},
+                 device: torch.device | str = "cpu"):
+        super().__init__()
+        self.tokenizers, self.size, self.device = tokenizers, size, device
+        given = both_clips(parts)
+        with torch.device("meta"):
+            self.clip_l = clip_encoder(parts["clip_l"], "quick_gelu", False, heads.get("clip_l"))
+            self.clip_g = clip_encoder(parts["clip_g"], "gelu", True, heads.get("clip_g"))
+        self.requires_grad_(False).eval()
+        self.window = self.clip_l.config.max_position_embeddings
+        for net in (self.clip_l, self.clip_g):
+            check_vocabulary(tokenizers and tokenizers[0], net, given)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*layers(self.clip_l), *layers(self.clip_g)]
+
+    def load(self, parts: dict[str, Tensors], fill: Callable = checkpoint.load) -> "SDXLText":
+        """As SD3Text.load."""
+        for name, net in self.named_children():
+            fill(net, parts[name], ignore=EXTRAS[name])
+        return self
+
+    def forward(self, l_ids: Tensor, g_ids: Tensor) -> Cond:
+        """Without the sizes."""
+        l_states, _ = run_clip(self.clip_l, l_ids)
+        g_states, g_pooled = run_clip(self.clip_g, g_ids)
+        return Cond(torch.cat([l_states, g_states], dim=-1), g_pooled)
+
+    @torch.no_grad()
+    def encode_ids(self, l_ids: Tensor, g_ids: Tensor, sizes: Tensor | None = None) -> Cond:
+        """Ids (B 77), (B 77) -> context (B 77 D) and y (B P+6*256), float32; sizes (B 6) replace `size`."""
+        return self.with_sizes(self(l_ids.to(self.device), g_ids.to(self.device)), sizes)
+
+    def with_sizes(self, cond: Cond, sizes: Tensor | None = None) -> Cond:
+        if sizes is None:
+            sizes = torch.tensor([[*self.size, 0, 0, *self.size]]).expand(len(cond.pooled), -1)
+        embedded = size_embedding(sizes.to(cond.pooled.device))
+        return Cond(cond.context.float(), torch.cat([cond.pooled.float(), embedded], dim=-1))
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts -> context (B 77 D) and y (B P+6*256), float32. Raises InputError without tokenizers."""
+        return self.encode_ids(*self.tokenize(prompts))
+
+    def unconditional(self) -> Cond:
+        """Zeros for all that comes of the prompt, as a batch of one; the sizes stay."""
+        clip_l, clip_g = self.clip_l.config, self.clip_g.config
+        context = torch.zeros(1, self.window, clip_l.hidden_size + clip_g.hidden_size, device=self.device)
+        return self.with_sizes(Cond(context, context.new_zeros(1, clip_g.projection_dim)))
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids for CLIP-L (padded with the end token) and CLIP-G (padded with 0)."""
+        if not self.tokenizers:
+            raise InputError("no tokenizers: expected a folder with tokenizer/")
+        return clip_ids(self.tokenizers[0], prompts, self.window)

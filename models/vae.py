@@ -159,8 +159,9 @@ class AutoencoderKL(nn.Module):
         return (z - self.shift) * self.scale
 
     def decode(self, latent: Tensor, checkpoint: bool = False) -> Tensor:
-        """Image (B 3 H W) in about [-1, 1], not clamped; `checkpoint` recomputes activations in backward."""
-        z = latent / self.scale + self.shift
+        """Image (B 3 H W) in about [-1, 1], not clamped, in the weights' dtype; `checkpoint` recomputes
+        activations in backward."""
+        z = (latent / self.scale + self.shift).to(self.decoder.conv_in.weight.dtype)
         return self.decoder(self.post_quant_conv(z), checkpoint)
 
 

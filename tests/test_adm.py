@@ -180,8 +180,7 @@ def test_no_evaluation_is_done_twice(tmp_path, capsys):
     D_tau = networks.Discriminator(Denoiser(net), tuple(taps), list(taps.values()), row.head_width)
     x = torch.randn(4, row.latent_channels, row.size[0] // row.vae_factor, row.size[1] // row.vae_factor)
     t = torch.rand(4)
-    c = (torch.randn(4, networks.text_tokens(row), row.config["context_dim"]),
-         torch.randn(4, row.config["pooled_dim"]))
+    c = tuple(torch.randn(4, *shape) for shape in networks.condition_shapes(row))
     maps = [torch.randn(4, *shape) for shape in taps.values()]
     with torch.no_grad():
         forward, features = flops(lambda: net(x, t, c)), flops(lambda: D_tau.features(x, t, c))

@@ -253,7 +253,7 @@ def damaged(path, kind):
         key = {"missing": name, "missing size": sizes, "missing in VAE": "first_stage_model.encoder.conv_in.weight",
                "missing in text": "text_encoders.clip_g.transformer.text_model.final_layer_norm.bias"}[kind]
         del tensors[key]
-        words = key if kind != "missing in VAE" else "VAE's architecture cannot be read ('encoder.conv_in.weight')"
+        words = key
     elif kind.startswith("extra"):
         key = {"extra": DENOISER, "extra in VAE": "first_stage_model.",
                "extra in text": "text_encoders.t5xxl.transformer."}[kind] + "unknown.weight"
@@ -359,7 +359,7 @@ def history(count, **changed):
 
 @pytest.mark.parametrize("rows, words", [
     (history(100), "margin +0.0300 hinge 1.970 x_0 +0.000 +- 1.000 health: good"),
-    (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell x_fake from x_real"),
+    (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell fake from real"),
     (history(100, loss_tau=1e-3), "health: D has won: the hinge is at 0"),
     (history(100, x_0_std=lambda place: 1 + place), "health: x_0's deviation changed 2.00-fold over 100 iterations"),
     (history(100, x_0_std=lambda place: 1 - place / 2), "health: x_0's deviation changed 0.50-fold over 100 iterations"),

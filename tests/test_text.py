@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,21 @@ from transformers import AutoTokenizer, T5Tokenizer
 
 from models.checkpoint import InputError, Tensors, open_tensors, save_safetensors
 from models.checkpoint import load as fill
-from models.text import FILES, FOLDERS, SD3Text, load_tokenizers, pad_ids, run_clip, text_parts
+from models.text import (
+    FILES,
+    FOLDERS,
+    PREFIXES,
+    SD3Text,
+    SDXLText,
+    load_tokenizers,
+    pad_ids,
+    run_clip,
+    size_embedding,
+    text_parts,
+)
 
-# The references differ from their own float64 runs by less than 1.5e-5, tanh-GELU in CLIP-G changes 2e-3.
+# The references differ from their own float64 runs by less than 1.5e-5; tanh-GELU in CLIP-G changes 7e-4 or
+# more. SDXL's embedding of 2048 pixels moves by 6e-5 with the last bit of a frequency below 1/2.
 TOLERANCE = 1e-4
 MANIFESTS = [p for p in golden("sd3*.keys.json") if "shared.weight" in p.read_text()]
 
@@ -391,3 +404,205 @@ def test_tokenizer_errors(tiny, folder, tmp_path):
     save_file(random_encoders(clip_tokens=50), tmp_path / "small.safetensors")
     with pytest.raises(InputError, match="tokenizer of 60 tokens; expected at most 50"):
         SD3Text(text_parts(tmp_path / "small.safetensors"), load_tokenizers(folder))
+
+
+# ---- SDXL --------------------------------------------------------------------------------------------------
+
+SIZES = "original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"
+
+
+@pytest.fixture(params=golden("sdxl_text_*.safetensors"), ids=lambda p: p.stem)
+def sdxl(request):
+    tensors, meta = read_golden(request.param)
+    config = meta["golden"]["config"]
+    heads = {"clip_l": config["clip_l"]["heads"], "clip_g": config["open_clip"]["heads"]}
+    parts = text_parts(request.param)
+    return SDXLText(parts, heads=heads), parts, tensors
+
+
+def xl_ids(g):
+    return g["in.ids.clip_l"], g["in.ids.open_clip"]
+
+
+@torch.no_grad()
+def test_sdxl_golden(sdxl):
+    text, parts, g = sdxl
+    text.load(parts)
+    seen = {}
+    text.clip_l.text_model.final_layer_norm.register_forward_hook(lambda _, x, y: seen.update(clip_l=y))
+    text.clip_g.ln_final.register_forward_pre_hook(lambda _, x: seen.update(clip_g=x[0]))
+    near(run_clip(text.clip_l, xl_ids(g)[0])[0], g["out.clip_l.hidden11"])
+    near(seen["clip_l"], g["out.clip_l.last_hidden_state"])
+    penultimate, pooled = run_clip(text.clip_g, xl_ids(g)[1])
+    near(penultimate, g["out.open_clip.penultimate"])
+    near(seen["clip_g"], g["aux.open_clip.last_pre_ln"])
+    near(pooled, g["out.open_clip.pooled"])
+    near(size_embedding(g["in.size_values"]), g["out.size_emb"])
+    sizes = torch.cat([g[f"in.{name}"] for name in SIZES], dim=1)
+    cond = text.encode_ids(*xl_ids(g), sizes)
+    near(cond.context, g["out.context"])
+    near(cond.pooled, g["out.y"])
+    plain = (sizes[:, :2] == sizes[:, 4:]).all(dim=1) & ~sizes[:, 2:4].any(dim=1)  # not scaled, not cropped
+    assert plain.any()
+    for i in plain.nonzero()[:, 0].tolist():
+        text.size = tuple(sizes[i, :2].tolist())
+        near(text.encode_ids(*(rows[i:i + 1] for rows in xl_ids(g))).pooled, g["out.y"][i:i + 1])
+
+
+def test_sdxl_half_precision_gives_float32(sdxl):
+    text, parts, g = sdxl
+    text.load(parts, lambda net, tensors, ignore: fill(net, tensors, torch.bfloat16, ignore))
+    cond = text.encode_ids(*xl_ids(g), torch.cat([g[f"in.{name}"] for name in SIZES], dim=1))
+    assert cond.context.dtype == cond.pooled.dtype == torch.float32
+    # bf16 keeps 8 bits: a correct result is a few percent off, not more. The sizes never become bf16.
+    assert (cond.context - g["out.context"]).norm() < 0.05 * g["out.context"].norm()
+    width = g["out.open_clip.pooled"].shape[1]
+    near(cond.pooled[:, width:], g["out.y"][:, width:])
+
+
+@pytest.mark.parametrize("path", golden("sdxl*.keys.json"), ids=lambda p: p.stem)
+def test_sdxl_manifest(path):
+    """Names and shapes of the published file; `position_ids` and `logit_scale` are in no network."""
+    tensors = {name: tuple(shape) for name, (shape, _) in json.loads(path.read_text())["tensors"].items()}
+    file = Tensors(path, tensors, None)
+    parts = {name: file.group(prefix) for prefix, name in PREFIXES.items() if "conditioner" in prefix}
+    text = SDXLText(parts)
+    spare = {"clip_l": {"text_model.embeddings.position_ids"}, "clip_g": {"logit_scale"}}
+    for name, part in parts.items():
+        own = {key: tuple(value.shape) for key, value in getattr(text, name).state_dict().items()}
+        assert own == {key: shape for key, shape in part.shapes.items() if key not in spare[name]}
+        assert spare[name] <= set(part)
+    assert not list(text.buffers()) and all(p.is_meta and not p.requires_grad for p in text.parameters())
+    assert (text.clip_l.config.num_attention_heads, text.clip_g.config.num_attention_heads) == (12, 20)
+    assert text.window == 77 and len(text.blocks()) == 12 + 32
+    context, pooled = text.unconditional()  # needs no weights
+    assert context.shape == (1, 77, 2048) and pooled.shape == (1, 2816)
+
+
+def test_sdxl_padding_of_real_token_ids():
+    for path in golden("sdxl_text_*.safetensors"):
+        g, _ = read_golden(path)
+        for l_ids, g_ids in zip(g["tokens.clip_l"].tolist(), g["tokens.open_clip"].tolist()):
+            end = max(l_ids)
+            row = l_ids[:l_ids.index(end) + 1]
+            assert pad_ids([row], len(l_ids), end).tolist() == [l_ids]
+            assert pad_ids([row], len(l_ids), 0).tolist() == [g_ids]
+
+
+def open_clip_names(part):
+    """transformers' CLIP as open_clip stores it."""
+    words = {"text_model.embeddings.position_embedding.weight": "positional_embedding",
+             "text_model.embeddings.": "", "text_model.final_layer_norm": "ln_final", "layer_norm": "ln_",
+             "text_model.encoder.layers": "transformer.resblocks", "self_attn.q_proj.": "attn.in_proj_",
+             "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj", "text_projection.weight": "text_projection"}
+    found = {}
+    for name, value in part.items():
+        if "q_proj" in name:
+            value = torch.cat([part[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
+        if "text_projection" in name:
+            value = value.T.contiguous()
+        for old, new in words.items():
+            name = name.replace(old, new)
+        if "k_proj" not in name and "v_proj" not in name:
+            found[name] = value
+    return found
+
+
+@pytest.fixture(scope="session")
+def xl_files(tmp_path_factory):
+    """The same tiny encoders with windows of 8 tokens, as a single file and as a diffusers-layout folder."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    save_file(random_encoders(window=8), folder / "sd3.safetensors")
+    clip_l, clip_g = (dict(text_parts(folder / "sd3.safetensors")[name]) for name in ("clip_l", "clip_g"))
+    single = {f"conditioner.embedders.0.transformer.{name}": value for name, value in clip_l.items()}
+    clip_g_there = open_clip_names(clip_g)
+    single |= {f"conditioner.embedders.1.model.{name}": value for name, value in clip_g_there.items()}
+    save_file(single, folder / "single.safetensors")
+    for name, part in (("text_encoder", clip_l), ("text_encoder_2", clip_g)):
+        (folder / name).mkdir()
+        save_file(part, folder / name / "model.safetensors")
+    return folder / "single.safetensors", folder
+
+
+def test_sdxl_sources_agree(xl_files, folder, tmp_path):
+    prompts, heads = ["a cat!", "", "cat " * 90], {"clip_g": 2}
+    conds = []
+    for path in xl_files:
+        parts = text_parts(path)
+        assert set(parts) == {"clip_l", "clip_g"}
+        text = SDXLText(parts, load_tokenizers(folder), (64, 96), heads).load(parts)
+        assert len(text.blocks()) == 4 and text.window == 8
+        conds.append(text.encode(prompts))
+    (context, y), hub = conds
+    near(context, hub.context)  # two implementations
+    near(y, hub.pooled)
+    assert context.shape == (3, 8, 32 + 48) and y.shape == (3, 24 + 6 * 256) and not y.requires_grad
+    assert context.isfinite().all() and (context[0] - context[1]).abs().max() > 0.1
+    assert torch.equal(y[:, 24:], size_embedding(torch.tensor([[64, 96, 0, 0, 64, 96]] * 3)))
+    l_ids, g_ids = text.tokenize(prompts)
+    clip = text.tokenizers[0]
+    start, cat, end = clip.bos_token_id, clip.convert_tokens_to_ids("cat</w>"), clip.eos_token_id
+    assert l_ids[1:].tolist() == [[start] + [end] * 7, [start] + [cat] * 6 + [end]]
+    assert g_ids[1:].tolist() == [[start, end] + [0] * 6, [start] + [cat] * 6 + [end]]
+
+
+def test_unconditional(xl_files, folder, tiny):
+    parts = text_parts(tiny)
+    text = SD3Text(parts, load_tokenizers(folder), t5_length=16).load(parts)
+    assert equal(text.unconditional(), text.encode([""])) and text.unconditional().context.any()
+    for path in xl_files:
+        parts = text_parts(path)
+        text = SDXLText(parts, load_tokenizers(folder, t5=False), (64, 96)).load(parts)
+        null, cond = text.unconditional(), text.encode(["a cat"])
+        assert null.context.shape == cond.context.shape and null.pooled.shape == cond.pooled.shape
+        assert null.context.dtype == null.pooled.dtype == torch.float32
+        assert not null.context.any() and not null.pooled[:, :24].any() and cond.pooled[:, :24].all()
+        assert torch.equal(null.pooled[:, 24:], cond.pooled[:, 24:])
+
+
+def test_sdxl_file_variants_and_errors(xl_files, folder, tmp_path):
+    single = dict(open_tensors(xl_files[0]))
+    l_root, g_root = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+
+    def attempt(change):
+        save_file(change(dict(single)), tmp_path / "x.safetensors")
+        parts = text_parts(tmp_path / "x.safetensors")
+        return SDXLText(parts, load_tokenizers(folder)).load(parts).encode(["a cat"])
+
+    extras = {l_root + "text_model.embeddings.position_ids": torch.arange(8)[None],
+              g_root + "logit_scale": torch.ones(()), "denoiser.sigmas": torch.ones(5)}
+    assert equal(attempt(lambda t: t), attempt(lambda t: t | extras))
+    deep = g_root + "transformer.resblocks.1.attn.in_proj_weight"
+    with pytest.raises(InputError, match=rf"x\.safetensors.*missing.*{deep}"):
+        attempt(lambda t: {name: value for name, value in t.items() if name != deep})
+    with pytest.raises(InputError, match=f"CLIP.*{g_root}positional_embedding is missing"):
+        attempt(lambda t: {name: value for name, value in t.items() if "positional" not in name})
+    with pytest.raises(InputError, match=f"missing.*{g_root}text_projection"):
+        attempt(lambda t: {name: value for name, value in t.items() if "text_projection" not in name})
+    with pytest.raises(InputError, match=f"not expected.*{g_root}odd"):
+        attempt(lambda t: t | {g_root + "odd": torch.zeros(1)})
+    with pytest.raises(InputError, match="clip_g missing"):
+        attempt(lambda t: {name: value for name, value in t.items() if l_root in name})
+    with pytest.raises(InputError, match="clip_l missing"):
+        attempt(lambda t: {name: value for name, value in t.items() if g_root in name})
+    with pytest.raises(InputError, match="no tokenizers: expected a folder with tokenizer/$"):
+        SDXLText(text_parts(xl_files[0])).encode(["a cat"])
+    with pytest.raises(InputError, match="tokenizer of 60 tokens; expected at most 59"):
+        attempt(lambda t: t | {g_root + "token_embedding.weight": torch.zeros(59, 48)})
+
+
+def test_tokenizers_of_sdxl(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(folder / "tokenizer_2", tmp_path / "tokenizer_2")
+    for t5 in (True, False):  # a folder may lack tokenizer_3/ in any case
+        clip, none = load_tokenizers(tmp_path, t5)
+        assert len(clip) == 60 and none is None
+    assert load_tokenizers(folder, t5=False)[1] is None
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source, subfolder: asked.append(subfolder))
+    load_tokenizers("org/sdxl", t5=False)
+    assert asked == ["tokenizer"]
+    load_tokenizers("org/sd3")
+    assert asked[1:] == ["tokenizer", "tokenizer_3"]
+    with pytest.raises(InputError, match="expected a folder with tokenizer/, as"):
+        load_tokenizers(tmp_path / "tokenizer", t5=False)

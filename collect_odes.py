@@ -1,0 +1,199 @@
+"""ODE pairs of a teacher for ADP (Sec. 4.2): noise x_T and the x_0 that its guided PF-ODE makes of it.
+
+    python collect_odes.py                         # the embedded teacher
+    torchrun --nproc_per_node 8 collect_odes.py --model sdxl --prompts FILE --count 50000
+    python collect_odes.py --model sdxl --verify   # is every shard there, as it was written?
+
+Writes OUT/pairs_FIRST-LAST.safetensors and OUT/manifest.json. Pair i depends on the settings and on (seed, i)
+alone, not on the number of ranks. An interrupted collection goes on when the same command is run again, a
+finished one when --count is larger; shards that --verify found damaged are made again.
+"""
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from models import data, networks, run
+from models.checkpoint import TORCH_SUFFIXES, InputError
+from models.diffusion import Denoiser, solve, teacher_times
+from models.networks import DTYPES
+from models.parallel import any_rank, init_distributed, is_main, print0
+from models.presets import Preset
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="collect_odes.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    run.model_flags(parser)
+    parser.set_defaults(model="tiny-sdxl")
+    add = parser.add_argument
+    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; in its order, again and again")
+    add("--count", type=int, help="pairs in all")
+    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
+    add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
+    add("--out", type=Path, help="default runs/odes-MODEL")
+    add("--batch", type=int, help="pairs per forward on one rank; default: twice the preset's micro-batch")
+    add("--shard-size", type=int, default=512, help="pairs per file: what an interruption costs at most")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the stored latents")
+    add("--verify", action="store_true", help="check every byte in --out and make nothing")
+    return parser.parse_args(argv)
+
+
+def fingerprint(path: Path) -> str:
+    """Tells checkpoints apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and to hash
+    all of 16 GB at each start would take minutes."""
+    path = path.parent if path.name.endswith(".index.json") else path
+    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
+    digest = hashlib.sha256()
+    for file in sorted(files) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(f"{size} ".encode())
+        with file.open("rb") as f:
+            for i in range(256):
+                f.seek(max(0, size - 4096) * i // 255)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
+def settings(args, row: Preset) -> dict:
+    """What all pairs of a folder have in common, as it comes back from JSON."""
+    same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, row),
+                seed=args.seed, steps=args.steps, schedule=row.schedule, shift=row.shift, cfg=args.cfg,
+                precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
+                prompts=data.sha256(args.prompts), checkpoint=fingerprint(networks.source(args, row).path),
+                text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
+    return json.loads(json.dumps(same))
+
+
+def plan(args, same: dict) -> tuple[dict, list[tuple[int, int]]]:
+    """(manifest with the shards that can stay, (first index, count) of each to make). Raises InputError for
+    other settings and when the disk has no room."""
+    manifest = {"shards": []}
+    if (args.out / "manifest.json").exists():
+        manifest = data.read_manifest(args.out)
+    elif any(args.out.glob("pairs_*-*.safetensors")):
+        raise InputError(f"{args.out}: holds shards but no manifest.json; pass another --out")
+    changed = [f"{name} {value} (was {manifest.get(name)})" for name, value in same.items()
+               if manifest["shards"] and manifest.get(name) != value]
+    if changed:
+        raise InputError(f"{args.out}: begun with other settings: {', '.join(changed)}; pass another --out "
+                         "or the flags and files that it was begun with")
+    stay = [entry for entry in manifest["shards"]
+            if not data.shard_fault(args.out, manifest, entry, every_byte=False)]
+    done, S = {entry["first"]: entry["count"] for entry in stay}, args.shard_size
+    todo = [(first, n) for first in range(0, args.count, S)
+            if done.get(first, 0) < (n := min(S, args.count - first))]
+
+    left = sum(n for _, n in todo)
+    need = left * 2 * math.prod(same["latent_shape"]) * DTYPES[args.dtype].itemsize / 1e9
+    exists = next(path for path in (args.out.resolve(), *args.out.resolve().parents) if path.exists())
+    free = shutil.disk_usage(exists).free / 1e9
+    if need > free:
+        raise InputError(f"{args.out}: {left} pairs need {need:.3g} GB, and {free:.3g} GB are free")
+    print0(f"{args.out}: {args.count} pairs of {args.model}, {args.steps} steps, guidance {args.cfg[0]:g} to "
+           f"{args.cfg[1]:g}; {left} left, {need:.3g} GB of {free:.3g} GB free")
+    return same | {"count": args.count, "shards": stay}, todo
+
+
+def sweep(folder: Path, manifest: dict) -> None:
+    """Remove what killed runs left half written, and shards that others have replaced."""
+    for path in folder.glob("pairs_*-*.safetensors*"):  # half-written ones end in .tmp
+        if path.name not in [entry["file"] for entry in manifest["shards"]]:
+            path.unlink()
+
+
+def verify(folder: Path) -> None:
+    """Check every byte. Damaged shards leave the manifest, so that the next run makes them again."""
+    manifest = data.read_manifest(folder)
+    faults = {entry["file"]: fault for entry in tqdm(manifest["shards"], unit="shard", dynamic_ncols=True)
+              if (fault := data.shard_fault(folder, manifest, entry))}
+    manifest["shards"] = [entry for entry in manifest["shards"] if entry["file"] not in faults]
+    whole = sum(entry["count"] for entry in manifest["shards"])
+    found = f"{folder}: {whole} of {manifest['count']} pairs are there and whole"
+    if faults:
+        data.write_manifest(folder, manifest)
+        found += "; damaged: " + ", ".join(f"{file} ({fault})" for file, fault in faults.items())
+    if faults or whole < manifest["count"]:
+        raise InputError(f"{found}; run again without --verify to make the others")
+    print(found)
+
+
+@torch.no_grad()
+def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w: Tensor, prompts: list[str],
+                batch: int, dtype: torch.dtype, bar: tqdm) -> Tensor | None:
+    """x_0 (n C h w) in `dtype` on rank 0 from x_T (n C h w), w (n,) and n prompts. The ranks share the work
+    and make equal numbers of forwards, because a sharded network needs all of them at once."""
+    n, world, rank, before = len(x_T), dist.get_world_size(), dist.get_rank(), bar.n
+    per_rank = -(-n // world)
+    # The last pair fills the rest.
+    own = [min(i, n - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]
+    x_0 = []
+    for start in range(0, per_rank, batch):
+        places = own[start:start + batch]
+        c = text.encode([prompts[i] for i in places])
+        x = solve(F_phi, x_T[places].to(tn.device), tn, c, c_null, w[places].to(tn.device))
+        x_0.append(x.to(dtype).cpu())
+        bar.update(before + min(n, world * (start + batch)) - bar.n)
+    x_0 = torch.cat(x_0).view(torch.uint8)  # gloo does not know every dtype
+    gathered = [torch.empty_like(x_0) for _ in range(world)] if is_main() else None
+    dist.gather(x_0, gathered)
+    return torch.cat(gathered)[:n].view(dtype) if is_main() else None
+
+
+def main(args):
+    device, mesh = init_distributed(args.shard_ranks)
+    args.out = args.out or Path("runs") / f"odes-{args.model}"
+    if args.verify:
+        return verify(args.out) if is_main() else None
+    row = run.resolve_model(args)
+    run.fill(args, row, ("prompts", "cfg"))
+    for name, default in (("count", row.pair_count), ("steps", row.teacher_steps),
+                          ("batch", 2 * row.micro_batch)):
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+    run.at_least_1(args, ("count", "steps", "batch", "shard_size"))
+    (low, high), dtype = args.cfg, DTYPES[args.dtype]
+    if not low <= high:
+        raise InputError(f"--cfg {low:g} {high:g}: expected the lower scale first")
+    if args.prompts is None:
+        raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
+    prompts = data.read_prompts(args.prompts)
+    same = settings(args, row)
+    manifest, todo = plan(args, same)
+    if todo:
+        F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
+        text = networks.load_text(args, row, mesh, device)
+        tn, c_null = teacher_times(args.steps, row.shift, row.schedule).to(device), text.unconditional()
+    any_rank(False)  # every rank has read the folder before rank 0 writes there
+    if is_main():
+        data.write_manifest(args.out, manifest)
+        sweep(args.out, manifest)
+    bar = tqdm(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),
+               unit="pair", dynamic_ncols=True)
+    for first, n in todo:
+        indices = range(first, first + n)
+        x_T = data.noise(tuple(same["latent_shape"]), args.seed, 0, "x_T", indices)
+        w = low + (high - low) * data.uniform(args.seed, 0, "w", indices)
+        own = [prompts[i % len(prompts)] for i in indices]
+        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, own, args.batch, dtype, bar)
+        if is_main():
+            bad = [i for i, x in zip(indices, x_0) if not x.isfinite().all()]
+            if bad:
+                raise InputError(f"x_0 of pair {bad[0]} is not finite; pass --precision fp32 or --dtype bf16")
+            entry = data.write_shard(args.out, first, x_T.to(dtype), x_0, w, own)
+            others = [other for other in manifest["shards"] if other["first"] != first]
+            manifest["shards"] = sorted([*others, entry], key=lambda entry: entry["first"])
+            data.write_manifest(args.out, manifest)
+            sweep(args.out, manifest)
+    bar.close()
+    print0(data.Pairs(args.out, manifest))
+
+
+if __name__ == "__main__":
+    run.entry("collect_odes.py", parse_args, main)

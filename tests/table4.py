@@ -1,0 +1,112 @@
+"""The ablations of Table 4 and Table 5 on the embedded tiny-sdxl: `python tests/table4.py` (about an hour, two cores).
+
+Runs collect_odes.py, adp.py, adm.py and dmd.py with each row's flags for each seed and prints a table: prompt
+accuracy, total variation over free attributes and Frechet distance of the one-step student, mean and standard
+deviation over the seeds. What is finished is not run again. A2 needs DINOv2's weights: pass --dinov2 FILE.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {  # row of the paper: (what it is, script, flags, run it starts from)
+    "A1": ("rectified flow on the pairs (MSE)", "adp.py", ["--loss", "mse"], None),
+    "A2": ("ADP, DINOv2 instead of SAM", "adp.py", ["--pixel-encoder", "dinov2"], None),
+    "A3": ("ADP, lambdas 0.7 / 0.3", "adp.py", ["--lambdas", "0.7", "0.3"], None),
+    "A4": ("ADP, lambdas 1.0 / 0.0", "adp.py", ["--lambdas", "1", "0"], None),
+    "A5": ("ADP only", "adp.py", [], None),
+    "B1": ("ADM without ADP", "adm.py", [], None),
+    "B2": ("DMD without ADP", "dmd.py", [], None),
+    "B3": ("DMD with ADP", "dmd.py", [], "A5"),
+    "B4": ("DMDX: ADM with ADP, TTUR 1", "adm.py", [], "A5"),
+    "TTUR 4": ("B4 with TTUR 4", "adm.py", ["--ttur", "4"], "A5"),
+    "TTUR 8": ("B4 with TTUR 8", "adm.py", ["--ttur", "8"], "A5"),
+}
+FIGURES = ("accuracy", "total_variation", "frechet")
+
+
+def run(script: str, out: Path, *flags) -> None:
+    """One process with one thread; its log is beside its folder."""
+    command = [sys.executable, ROOT / script, "--model", "tiny-sdxl", "--out", out, *flags]
+    with out.with_suffix(".log").open("w") as log:
+        code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise SystemExit(f"{out}: {script} ended with {code}, see {out.with_suffix('.log')}")
+    print(f"{out.name} done", flush=True)
+
+
+def train(args, name: str, seed: int) -> None:
+    """A row's run of one seed, unless it is finished; what was begun and killed goes on."""
+    _, script, flags, first = ROWS[name]
+    out = args.out / f"{name.replace(' ', '')}-{seed}"
+    if (out / "comparison.json").exists():
+        return
+    flags = [*flags, "--seed", seed, "--evaluate", args.samples]
+    flags += ["--pairs", args.out / "odes"] if script == "adp.py" else []
+    flags += ["--init", args.out / f"{first}-{seed}"] if first else []
+    flags += ["--pixel-ckpt", args.dinov2] if name == "A2" else []
+    flags += ["--resume"] if (out / "config.json").exists() else []
+    run(script, out, *flags)
+
+
+def figures(out: Path, label: str = "student") -> dict:
+    rows = json.loads((out / "comparison.json").read_text())
+    return next(row for name, row in rows.items() if name.startswith(label))
+
+
+def seconds(out: Path) -> float:
+    """Per update of the generator, its share of fake updates included; the median iteration of each kind."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    full = statistics.median(row["seconds"] for row in rows if "loss_theta" in row)
+    fake = [row["seconds"] for row in rows if "loss_theta" not in row]
+    return full + (statistics.median(fake) * len(fake) / (len(rows) - len(fake)) if fake else 0)
+
+
+def line(label: str, rows: list[dict], note: str = "") -> str:
+    cells = []
+    for key in FIGURES:
+        values = [row[key] for row in rows]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.3f}{spread}")
+    return f"| {label} | {' | '.join(cells)} | {note} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/table4"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--dinov2", type=Path, help="its weights, for A2")
+    args = parser.parse_args()
+    args.out, seeds = args.out.resolve(), range(args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in args.rows if name != "A2" or args.dinov2]
+    if any(ROWS[name][3] == "A5" for name in names) and "A5" not in names:
+        names.insert(0, "A5")
+    run("collect_odes.py", args.out / "odes")
+    with ThreadPoolExecutor(args.jobs) as pool:  # what others start from comes first
+        for wave in ([name for name in names if ROWS[name][3] is None], [name for name in names if ROWS[name][3]]):
+            list(pool.map(lambda job: train(args, *job), [(name, seed) for seed in seeds for name in wave]))
+
+    print("\n| row | accuracy | total variation | Frechet | s per update, relative |\n|---|---|---|---|---|")
+    first = args.out / f"{names[0]}-0"
+    for label in json.loads((first / "comparison.json").read_text()):
+        if label.startswith("teacher"):
+            print(line(label, [figures(first, label)]))
+    base = args.out / "B4-0"
+    for name in names:
+        runs = [args.out / f"{name.replace(' ', '')}-{seed}" for seed in seeds]
+        relative = f"{seconds(runs[0]) / seconds(base):.2f}" if base.exists() and ROWS[name][3] else ""
+        print(line(f"{name} {ROWS[name][0]}", [figures(out) for out in runs], relative))
+
+
+if __name__ == "__main__":
+    main()
