@@ -292,6 +292,9 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
         memory.add(t.untyped_storage().data_ptr())
     with replacing(path) as temporary:
         save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
 
 
 # ---- finding -----------------------------------------------------------------------------------------------

@@ -17,7 +17,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
@@ -93,17 +99,21 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
         # The root too: else its gathered weights outlive an optimizer step when a no-grad forward came last.
         reshard_after_forward=True)
+    # One process in float32 has nothing to share or cast; FSDP's hooks cost as much as a tiny network itself.
+    alone = mesh.size() == 1 and dtype == torch.float32 and not offload
     for block in net.blocks():
         if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        fully_shard(block, **options)
-    return fully_shard(net, **options)
+        if not alone:
+            fully_shard(block, **options)
+    return net if alone else fully_shard(net, **options)
 
 
 def settle(net: nn.Module) -> None:
     """Have FSDP initialise now and not at the first forward, where parameters that are frozen for a phase
     would count as never trained and have their gradients reduced in bf16."""
-    net._get_fsdp_state()._lazy_init()
+    if isinstance(net, FSDPModule):
+        net._get_fsdp_state()._lazy_init()
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, int]:
@@ -168,10 +178,11 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
     """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no
-    special case."""
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
+    special case. Fused: one kernel, where a loop over sharded tensors costs as much as a tiny model's forward,
+    and over offloaded ones would use one core."""
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
     for p in params.values():
-        opt.state[p] = {"step": torch.tensor(0.0),
+        opt.state[p] = {"step": torch.zeros((), device=p.device),
                         "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return opt
 

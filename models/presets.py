@@ -38,6 +38,7 @@ class Preset(NamedTuple):
     lr_tau: float
     batch_size: int
     micro_batch: int                    # [choice] except SDXL's 4 (Table 7)
+    no_checkpointing: bool              # True keeps activations instead of computing them twice
     max_iter: int
     head_width: int                     # [choice] channels of the discriminator's heads
     # pre-training with ODE pairs (ADP)
@@ -92,7 +93,7 @@ SD3 = Preset(
     clip_length=77, t5_length=256,
     size=(1024, 1024), shift=3.0, teacher_steps=28, teacher_cfg=7.0,
     steps=4, cfg=(6.0, 8.0), lora_rank=64, lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6,
-    batch_size=128, micro_batch=4, max_iter=8000, head_width=256,
+    batch_size=128, micro_batch=4, no_checkpointing=False, max_iter=8000, head_width=256,
     adp_lr_theta=1e-6, adp_lr_tau=5e-6, adp_max_iter=8000, lambdas=(0.85, 0.15), pixel_ckpt=None,
     pair_count=50_000, decode_batch=1,
     prompts=None, sample_prompts=PROMPTS, evaluate=12, procedural=False)
@@ -132,8 +133,8 @@ PRESETS = {
         vae=dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, quant=False, shift=0.0, scale=1.0,
                  groups=8),
         clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=1, cfg=(1.5, 2.5), teacher_cfg=3.0,
-        lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, max_iter=400, head_width=128,
-        decode_batch=16,
+        lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
+        max_iter=400, head_width=128, decode_batch=16,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, procedural=True),
 }
 
@@ -144,7 +145,8 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     ckpt=HERE / "tiny" / "tiny_sdxl.safetensors", repo="", file="tiny_sdxl.safetensors",
     tokenizers=TINY.tokenizers, latent_channels=4, vae_factor=4, vae=TINY.vae | dict(quant=True),
     clip_length=8, size=(32, 32), cfg=TINY.cfg, teacher_cfg=3.0,
-    lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, max_iter=400, head_width=128,
+    lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
+    max_iter=400, head_width=128,
     adp_lr_theta=5e-5, adp_lr_tau=1e-3, adp_max_iter=400, pixel_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
     pair_count=1024, decode_batch=16,
     prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, procedural=True)

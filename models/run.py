@@ -86,7 +86,7 @@ def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--max-iter", type=int, help="generator updates")
     add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     add("--micro-batch", type=int, help="samples per forward on one rank")
-    add("--no-checkpointing", action="store_true", default=False, help="do not compute activations twice")
+    add("--no-checkpointing", action="store_true", default=None, help="do not compute activations twice")
     add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
     add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")

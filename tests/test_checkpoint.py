@@ -365,6 +365,16 @@ def test_save_and_open_again(tmp_path):
     assert os.listdir(path.parent) == ["x.safetensors"]
 
 
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
+    """safetensors' own writer leaves files that nobody else on a cluster can read."""
+    before = os.umask(0o022)
+    try:
+        save_safetensors(tmp_path / "x.safetensors", small())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     save_safetensors(path, {"old": torch.zeros(2)})
