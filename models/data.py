@@ -246,7 +246,7 @@ class Pairs:
     def shard(self, k: int) -> Tensors:
         if k not in self.opened:
             path = self.folder / self.shards[k]["file"]
-            fault = shard_fault(self.folder, self.manifest, self.shards[k], every_byte=False)
+            fault = shard_fault(self.folder, self.manifest, self.shards[k], every_byte=k not in self.prompts)
             if fault:
                 raise InputError(damaged(path, fault))
             if len(self.opened) >= 256:  # an open file each
