@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
 from models import networks, run
+from models.checkpoint import InputError
 from models.data import noise, open_pairs, uniform
 from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
 from models.parallel import adamw, init_distributed, set_trainable, update
@@ -48,6 +49,8 @@ def hinge(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     row = run.resolve(args, adp=True)
+    if min(args.lambdas) < 0 or sum(args.lambdas) == 0:
+        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected none below 0, one above")
     job = run.Job("adp", args, row, mesh, device)
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
                                                         args.model, job.latent_shape)

@@ -165,7 +165,7 @@ def load_vision(kind: str, path: str | Path | None = None, dtype: torch.dtype = 
 def random_vision(kind: str, dtype: torch.dtype, device: torch.device | str) -> VisionEncoder:
     """ViT-B as published, with random weights, for --random-weights."""
     if kind == "sam":
-        net = SamVisionModel(SamVisionConfig()).vision_encoder
+        net = SamVisionModel(SamVisionConfig(initializer_range=0.02)).vision_encoder  # not its 1e-10
     else:
         net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(image_size=518, num_register_tokens=0))
     return VisionEncoder(net.to(device, dtype).requires_grad_(False).eval(), kind)

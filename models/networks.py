@@ -119,7 +119,8 @@ def load_generator(args, row: Preset, mesh: DeviceMesh, device: torch.device) ->
         if metadata.get("dmdx.model") != args.model:
             raise InputError(f"--init {init}: a generator of {metadata.get('dmdx.model', 'no run of ours')}; "
                              f"expected one of {args.model}")
-        predicts, schedule = metadata["dmdx.predicts"], metadata["dmdx.schedule"]
+        predicts = metadata.get("dmdx.predicts", predicts)
+        schedule = metadata.get("dmdx.schedule", schedule)
     return Denoiser(load_network(args, row, mesh, device, trainable=True, init=init), predicts, schedule)
 
 

@@ -310,7 +310,7 @@ class Job:
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
             if path is None:
                 raise InputError(f"--resume: {self.out} holds no complete state")
-            self.say_what_changed()
+            self.say_what_changed(path.resolve().parent.parent)
             progress = load_state(path, roles)
             self.gen_iter, self.global_iter = progress["gen_iter"], progress["global_iter"]
             self.skipped = progress["skipped"]
@@ -340,10 +340,11 @@ class Job:
         self.stop = False
         signal.signal(signal.SIGTERM, self._request_stop)
 
-    def say_what_changed(self) -> None:
-        """A flag forgotten on the command line of --resume would otherwise change the run unnoticed."""
-        if (self.out / "config.json").exists():
-            before = json.loads((self.out / "config.json").read_text())["args"]
+    def say_what_changed(self, started: Path) -> None:
+        """A flag forgotten on the command line of --resume would otherwise change the run unnoticed. Raises
+        InputError for another --init than that of the run in the folder `started`."""
+        if (started / "config.json").exists():
+            before = json.loads((started / "config.json").read_text())["args"]
             now = json.loads(json.dumps(vars(self.args), default=str))
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})"
                        for name, value in before.items()

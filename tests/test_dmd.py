@@ -1,0 +1,336 @@
+"""dmd.py: Eqs. (2)-(6) by hand, updates' order and ownership, its difference from adm.py, ranks, --init."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_parallel import assert_same_run
+from torch import Tensor, nn
+
+import dmd
+from models import networks, run
+from models.checkpoint import open_tensors, save_safetensors
+from models.data import noise, uniform
+from models.diffusion import alpha_sigma, generator_times
+from models.parallel import local_rows
+from models.presets import PRESETS
+
+SCRIPT, ADM = ((ROOT / name).read_text() for name in ("dmd.py", "adm.py"))
+SD3, SDXL = PRESETS["tiny-sd3"], PRESETS["tiny-sdxl"]
+SMALL = {
+    "tiny-sd3": SD3._replace(config=SD3.config | dict(depth=2)),
+    "tiny-sdxl": SDXL._replace(config=SDXL.config | dict(channel_mult=(1, 2), depth=(0, 0), middle_depth=1)),
+}
+RANDOM = ["--random-weights", "--batch-size", 4]
+DENOISER = "model.diffusion_model."
+
+
+def train(out, *flags, states=()) -> list[dict]:
+    """Run dmd.py in this process; returns the rows of metrics.jsonl. Random networks are smaller than the
+    presets'. `states`: the iterations whose state is saved, which takes half of so short a run's time."""
+    def save_state(folder, iteration, *rest):
+        if iteration in states:
+            save(folder, iteration, *rest)
+    save = run.save_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "save_state", save_state)
+        for name, row in SMALL.items() if "--random-weights" in flags else ():
+            patch.setitem(PRESETS, name, row)
+        dmd.main(dmd.parse_args(["--out", str(out), *map(str, flags)]))
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ---- networks of a line, whose losses can be worked out by hand --------------------------------------------
+
+class Net(nn.Module):
+    """Stands for a denoiser: weight * x_t + the mean of the prompt's vector, and keeps what it is asked."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight, self.asked = nn.Parameter(torch.tensor(weight)), []
+
+    def forward(self, x_t, t, c, taps=(), lora=()) -> Tensor:
+        self.asked.append((t, torch.is_grad_enabled()))
+        return self.weight * x_t + c[1].mean(1)[:, None, None, None]
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Networks of dmd.py: (F_phi's, G_theta's, f_psi's)."""
+    nets = Net(0.3), Net(0.5), Net(0.2)
+    order = iter(nets)  # as Alg. 1 l. 1, 3
+    monkeypatch.setattr(networks, "load_network", lambda *_, **__: next(order))
+    return nets
+
+
+def wide(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+@pytest.mark.parametrize("model, micro", [("tiny-sd3", 4), ("tiny-sd3", 1), ("tiny-sdxl", 4)])
+def test_one_iteration_by_hand(tmp_path, stubs, model, micro):
+    """Eqs. (2)-(6) with N = 1. Micro-batches of one sample show that Eq. (5)'s norm is each sample's own."""
+    (F_phi, G_theta, f_psi), row = stubs, PRESETS[model]
+    flags = [*RANDOM, "--model", model, "--steps", 1, "--max-iter", 1, "--micro-batch", micro]
+    log, = train(tmp_path / "run", *flags, "--lr-psi", 0, "--lr-theta", 0.25, "--cfg", 2, 4)
+
+    def draw(name):
+        return noise((4, 8, 8), 0, 1, name, range(4))
+    vectors = noise(networks.condition_shapes(row)[1], 0, 0, "pooled", range(4))
+    m, one = wide(vectors.mean(1)), torch.ones(4)  # of the prompts; the first's stands for the empty one
+    a, b = torch.tensor(0.5, requires_grad=True), torch.tensor(0.2, requires_grad=True)
+
+    def ends(prediction, x, t):  # x_0, and what f_psi regresses to given (x_0, eps)
+        alpha, sigma = alpha_sigma(row.schedule, t, x)
+        if row.predicts == "velocity":
+            return x - sigma * prediction, lambda x_0, eps: eps - x_0
+        return (x - sigma * prediction) / alpha, lambda x_0, eps: eps
+
+    def time(u):  # (0, 1], on the teacher's grid
+        return 1 - u if row.schedule == "flow" else (1000 - (1000 * u).floor()) / 1000
+
+    def diffuse(x_0, t, eps):  # Eq. (1)
+        alpha, sigma = alpha_sigma(row.schedule, t, x_0)
+        return alpha * x_0 + sigma * eps
+
+    # the fake model: Eq. (2) or (3) on the generator's samples
+    x_0, _ = ends(0.5 * draw("z") + m, draw("z"), one)
+    t_f = time(uniform(0, 1, "t_f", range(4)))
+    x_tf = diffuse(x_0, t_f, draw("z_f"))
+    prediction = b * x_tf + m
+    loss_psi = (prediction - ends(prediction, x_tf, t_f)[1](x_0, draw("z_f"))).square().mean()
+    # the generator
+    t, w = time(uniform(0, 1, "t", range(4))), wide(2 + 2 * uniform(0, 1, "w", range(4)))
+    x_hat_0, _ = ends(a * draw("z_hat") + m, draw("z_hat"), one)
+    with torch.no_grad():
+        x_t = diffuse(x_hat_0, t, draw("z_g"))
+        fake, _ = ends(0.2 * x_t + m, x_t, t)
+        real, _ = ends(0.3 * x_t + m[:1] + w * (m - m[:1]), x_t, t)
+        norm = (x_hat_0 - real).abs().mean((1, 2, 3), keepdim=True)
+        grad = (fake - real) / norm                     # Eq. (5), the norm a mean over the sample
+    (loss_psi + (grad * x_hat_0).mean()).backward()     # Eq. (6)'s gradient is grad
+    expected = dict(loss_psi=loss_psi, grad_norm_psi=b.grad.abs(), loss_theta=0.5 * grad.square().mean(),
+                    grad_norm_theta=a.grad.abs(), x_0_mean=x_hat_0.mean())
+    for name, value in expected.items():
+        assert log[name] == pytest.approx(value.item(), rel=1e-4), name  # float32, sums in another order
+    # Without momentum AdamW's first step is the rate, against the gradient's sign.
+    assert G_theta.weight.item() == pytest.approx(0.5 - 0.25 * a.grad.sign().item(), abs=1e-4)
+    # Eq. (4): the generator follows s_real - s_fake, s = (alpha x_0 - x_t) / sigma^2, in every pixel.
+    alpha, sigma = alpha_sigma(row.schedule, t, x_t)
+    difference = ((alpha * real - x_t) - (alpha * fake - x_t)) / sigma ** 2
+    assert (difference * grad <= 0).all() and difference.abs().max() > 0
+    parts = 4 // micro
+    assert [on for _, on in F_phi.asked] == [False] * parts
+    assert [on for _, on in f_psi.asked] == [True] * parts + [False] * parts
+    assert f_psi.weight.grad is None and F_phi.weight.grad is None  # its own update has cleared f_psi's
+
+
+def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stubs):
+    _, G_theta, _ = stubs
+    N = 4
+    train(tmp_path / "run", *RANDOM, "--steps", N, "--max-iter", 3)
+    tn, asked = generator_times(N, SD3.shift), iter(G_theta.asked)
+    chosen = [1 + int(N * uniform(0, i, "n", [0])) for i in (1, 2, 3)]
+    for n in chosen:
+        # Alg. 1 l. 9: all steps; l. 16: those down to t_n; l. 17: from t_n to 0 at once.
+        expected = [(k, False) for k in range(N, 0, -1)] + [(k, False) for k in range(N, n, -1)] + [(n, True)]
+        for k, grad in expected:
+            t, on = next(asked)
+            assert (t == tn[k]).all() and on == grad
+    assert next(asked, None) is None and len(set(chosen)) > 1
+
+
+# ---- real networks, small and random -----------------------------------------------------------------------
+
+def spy(monkeypatch, on_update):
+    """Call on_update(role, roles, step) in place of every update; roles: name -> parameters."""
+    roles, original, optimizer = {}, dmd.update, dmd.adamw
+
+    def adamw(params, lr):
+        roles[("psi", "theta")[len(roles)]] = params
+        return optimizer(params, lr)
+
+    def update(opt, loss):
+        mine = {id(p) for group in opt.param_groups for p in group["params"]}
+        role = next(name for name, params in roles.items() if {id(p) for p in params.values()} == mine)
+        return on_update(role, roles, lambda: original(opt, loss))
+    monkeypatch.setattr(dmd, "adamw", adamw)
+    monkeypatch.setattr(dmd, "update", update)
+
+
+def copy_of(p: Tensor) -> Tensor:
+    return local_rows(p.detach())[0].clone()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "tiny-sd3"], ["--lora-rank", 4, "--fake-lora", 4, "--steps", 3, "--ttur", 3],
+    ["--model", "tiny-sdxl"], ["--model", "tiny-sdxl", "--steps", 2]],
+    ids=["sd3", "sd3-lora-steps-ttur", "sdxl", "sdxl-steps"])
+def test_updates_psi_then_theta_each_of_its_own_parameters(tmp_path, monkeypatch, flags):
+    """And all of them: of every parameter a gradient arrives. That of theta leaves none anywhere else."""
+    order, silent, nets, ttur = [], {}, [], 3 if "--ttur" in flags else 1
+    load = networks.load_network
+    monkeypatch.setattr(networks, "load_network",
+                        lambda *args, **named: nets.append(load(*args, **named)) or nets[-1])
+
+    def on_update(role, roles, step):
+        everything = [p for net in nets for p in net.parameters()]
+        mine = {id(p) for p in roles[role].values()}
+        assert all(p.grad is None for p in everything if id(p) not in mine)
+        silent[role] = {name for name, p in roles[role].items()
+                        if p.grad is None or local_rows(p.grad)[0].abs().sum() == 0}
+        before = [copy_of(p) for p in everything]
+        result = step()
+        changed = {id(p) for p, old in zip(everything, before) if not torch.equal(copy_of(p), old)}
+        assert changed and changed <= mine
+        order.append(role)
+        return result
+    spy(monkeypatch, on_update)
+    rows = train(tmp_path / "run", *RANDOM, "--max-iter", 2, *flags)
+    assert order == (["psi"] * ttur + ["theta"]) * 2
+    assert [row["gen_iter"] for row in rows] == ([0] * (ttur - 1) + [1] + [1] * (ttur - 1) + [2])
+    assert len(nets) == (1 if "--lora-rank" in flags else 3)
+    # The text queries of the last block feed a text output that nothing uses.
+    unused = {"joint_blocks.1.context_block.attn.ln_q.weight"} if "tiny-sd3" in flags else set()
+    if "--lora-rank" not in flags:
+        assert silent == {"psi": unused, "theta": unused}
+    row = rows[-1]
+    assert {"loss_psi", "loss_theta", "grad_norm_psi", "grad_norm_theta", "x_0_mean", "x_0_std"} < set(row)
+    assert not {"loss_tau", "margin"} & set(row) and row["skipped"] == 0
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_where_fake_and_real_scores_agree_nothing_is_left_to_learn(tmp_path, model):
+    """Both are the teacher's weights, without guidance: Eq. (5) is 0 but for the rounding of a batch twice as
+    large."""
+    flags = [*RANDOM, "--model", model, "--max-iter", 1, "--lr-psi", 0]
+    same, = train(tmp_path / "same", *flags, "--cfg", 1, 1)
+    assert same["loss_theta"] < 1e-8 and same["grad_norm_theta"] < 1e-5
+    guided, = train(tmp_path / "guided", *flags, "--cfg", 4, 4)
+    for name in ("loss_theta", "grad_norm_theta"):
+        assert guided[name] > 1e3 * same[name]
+
+
+def test_it_starts_from_a_generator_of_adp(tmp_path, monkeypatch):
+    """B3 of Table 4. Scores stay the teacher's."""
+    nets, roles, step = [], [], dmd.ode_step
+    net = networks.FAMILIES["unet"][0](**SMALL["tiny-sdxl"].config)
+    weights = {DENOISER + name: p.detach().clone() for name, p in net.state_dict().items()}
+    save_safetensors(tmp_path / "adp" / "generator.safetensors", weights, {
+        "dmdx.model": "tiny-sdxl", "dmdx.predicts": "velocity", "dmdx.schedule": "flow"})
+    load = networks.load_generator
+
+    def load_generator(*args):
+        nets.append(load(*args))
+        for name, p in nets[-1].net.named_parameters():
+            assert torch.equal(copy_of(p), weights[DENOISER + name])
+        return nets[-1]
+    monkeypatch.setattr(networks, "load_generator", load_generator)
+    monkeypatch.setattr(dmd, "ode_step",
+                        lambda F, *rest: roles.append((F.predicts, F.schedule)) or step(F, *rest))
+    flags = [*RANDOM, "--model", "tiny-sdxl", "--max-iter", 1, "--init", tmp_path / "adp"]
+    row, = train(tmp_path / "run", *flags)
+    assert len(nets) == 1 and row["skipped"] == 0
+    assert roles == [("velocity", "flow"), ("epsilon", "sdxl"), ("epsilon", "sdxl")]  # G_theta, f_psi, F_phi
+
+
+def test_a_resumed_run_is_uninterrupted_bit_for_bit(tmp_path):
+    flags, out = [*RANDOM, "--model", "tiny-sdxl", "--save-every", 1, "--lr-theta", 1e-3], tmp_path / "run"
+    whole = train(out, *flags, "--max-iter", 2, states=[1])
+    resumed = train(out, *flags, "--max-iter", 2, "--resume")
+    assert len(whole) == 2 and whole[0] == resumed[0]
+    for name in whole[1].keys() - {"seconds", "gib"}:
+        assert whole[1][name] == resumed[1][name], name
+
+
+def test_profile_counts_every_evaluation_once(tmp_path, capsys):
+    N = 3
+    train(tmp_path / "run", *RANDOM, "--profile", 1, "--steps", N, "--micro-batch", 2)
+    n = 1 + int(N * uniform(0, 1, "n", [0]))
+    # G_theta: N steps for the fake update, N - n to x_tn, one to x_hat_0. f_psi: its update and its score.
+    # F_phi with guidance: two.
+    counts = f"G_theta {2 * N - n + 1:.2f}, f_psi 2.00, F_phi 2.00"
+    assert f"network evaluations per sample and iteration: {counts}\n" in capsys.readouterr().out
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+RANKS = """
+import json, sys
+import dmd
+from models import run
+run.save_state = lambda *args: None
+for flags in json.load(open(sys.argv[1])):
+    dmd.main(dmd.parse_args(flags))
+"""
+
+
+def test_two_ranks_are_one_rank(tmp_path):
+    # Small rates, as in test_parallel.py: without momentum a gradient near 0 is a full step, noise or not.
+    rates = ["--lr-theta", 1e-5, "--lr-psi", 1e-5]
+    flags = ["--batch-size", 4, "--max-iter", 2, "--evaluate", 0, "--steps", 2, *rates]
+    train(tmp_path / "one", *flags)
+    variants = {"two": [], "offload": ["--offload"]}
+    (tmp_path / "ranks.py").write_text(RANKS)
+    (tmp_path / "flags.json").write_text(json.dumps(
+        [[*map(str, flags), *more, "--out", str(tmp_path / name)] for name, more in variants.items()]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               tmp_path / "ranks.py", tmp_path / "flags.json"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(list(map(str, command)), env=env, text=True, capture_output=True, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    assert open_tensors(tmp_path / "one" / "generator.safetensors").metadata["dmdx.steps"] == "2"
+    for name in variants:
+        assert_same_run(tmp_path / name, tmp_path / "one")
+
+
+# ---- the text of the script --------------------------------------------------------------------------------
+
+def code(text: str) -> list[str]:
+    """Lines of code without docstring, comments and indentation."""
+    lines = [re.sub(r"\s*(#.*)?$", "", line).strip() for line in text.split('"""', 2)[2].splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_diff_to_adm_is_sec_4_1_3():
+    """What dmd.py has and adm.py has not: the loss of Eqs. (5), (6), and lines that have lost their tau."""
+    ours, theirs = code(SCRIPT), code(ADM)
+    own = [line for line in ours if line not in theirs]
+    assert own == [
+        "from torch.nn.functional import mse_loss",
+        'parser = run.training_parser("dmd", __doc__)',
+        'job = run.Job("dmd", args, row, mesh, device)',
+        "psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)",
+        "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
+        "accumulation = len(job.micro_batches)",
+        't = random_time(F_phi.schedule, draw_u("t", indices))',
+        "x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)",
+        "x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)",
+        "loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)",
+        "log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())",
+        'run.entry("dmd.py", parse_args, main)',
+    ]
+    rest = iter(theirs)
+    assert all(line in rest for line in ours if line not in own)  # the others are in adm.py in the same order
+    assert len(theirs) - len(ours) <= 20
+
+
+def test_algorithm_and_equations_are_cited_in_order():
+    cited = [int(k) for k in re.findall(r"# Alg\. 1 l\. (\d+)$", SCRIPT, re.M)]
+    # 6, 13, 24 are blank lines of the listing; 20, 21, 25, 26 are ADM's own.
+    assert set(cited) == set(range(1, 28)) - {6, 13, 20, 21, 24, 25, 26}
+    body = [k for k in cited if 4 <= k <= 22]
+    assert body == sorted(body)
+    assert "# Eq. (2), (3)" in SCRIPT and "# Eqs. (5), (6)" in SCRIPT
+    assert re.search(r"reverse KL, Eqs\.\s+\(4\)-\(6\)", SCRIPT.split('"""')[1])
+
+
+def test_every_flag_is_used():
+    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("run.py", "networks.py"))
+    for name in vars(dmd.parse_args([])):
+        assert re.search(rf"args\.{name}\b", sources) or name in SD3._fields, name
