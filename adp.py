@@ -51,9 +51,9 @@ def main(args):
     row = run.resolve(args, adp=True)
     if min(args.lambdas) < 0 or sum(args.lambdas) == 0:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected none below 0, one above")
-    job = run.Job("adp", args, row, mesh, device)
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
-                                                        args.model, job.latent_shape)
+                                                        args.model, networks.latent_shape(args, row))
+    job = run.Job("adp", args, row, mesh, device)
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
     F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)

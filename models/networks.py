@@ -114,6 +114,8 @@ def load_generator(args, row: Preset, mesh: DeviceMesh, device: torch.device) ->
     which says what its network predicts and on which schedule. Raises InputError for another model's."""
     predicts, schedule, init = row.predicts, row.schedule, args.init
     if init:
+        if init.is_dir() and not (init / "generator.safetensors").exists():
+            raise InputError(f"--init {init}: no generator.safetensors yet; expected a finished run of adp.py")
         init = init / "generator.safetensors" if init.is_dir() else init
         metadata = checkpoint.open_tensors(init).metadata
         if metadata.get("dmdx.model") != args.model:

@@ -127,7 +127,7 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     row, world = resolve_model(args), dist.get_world_size()
     if adp:
         row = row._replace(lr_theta=row.adp_lr_theta, lr_tau=row.adp_lr_tau, max_iter=row.adp_max_iter)
-    fill(args, row, row._fields)
+    fill(args, row, tuple(name for name in row._fields if name != "pixel_ckpt"))  # which is SAM's alone
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
     if args.init and args.lora_rank:
