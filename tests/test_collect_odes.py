@@ -102,8 +102,9 @@ def test_pairs_are_direct_solves(tmp_path, model):
         with torch.no_grad():
             x_0 = solve(F_phi, x_T, tn, text.encode([prompts[i % 3]]), text.unconditional(), w)
         assert torch.equal(shard["x_T"][i], x_T[0]) and shard["w"][i] == w and shard["index"][i] == i
-        # Matrix products of another height round otherwise: 1e-5 for latents of about 1.
-        torch.testing.assert_close(shard["x_0"][i], x_0[0], rtol=1e-5, atol=1e-5)
+        # Matrix products of another height round otherwise: 1e-5 for latents of about 1, and an epsilon
+        # network's error reaches x_0 enlarged by 1 / alpha_1 = 15.
+        torch.testing.assert_close(shard["x_0"][i], x_0[0], rtol=0, atol=1.5e-4)
     assert len(set(shard["w"].tolist())) == 5 and shard["x_0"].std() > 0.1
 
 
