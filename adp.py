@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
-from models import networks, run
+from models import flags, networks, run
 from models.checkpoint import InputError
 from models.data import noise, open_pairs, uniform
 from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
@@ -27,7 +27,7 @@ from models.parallel import adamw, init_distributed, set_trainable, update
 
 
 def parse_args(argv=None):
-    parser = run.training_parser("adp", __doc__)
+    parser = flags.training_parser("adp", __doc__)
     parser.set_defaults(model="tiny-sdxl")
     add = parser.add_argument
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
@@ -48,9 +48,9 @@ def hinge(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
-    row = run.resolve(args, adp=True)
+    row = flags.resolve(args, adp=True)
     if min(args.lambdas) < 0 or sum(args.lambdas) == 0:
-        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected none below 0, one above")
+        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected >= 0, not both 0")
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
                                                         args.model, networks.latent_shape(args, row))
     job = run.Job("adp", args, row, mesh, device)
@@ -138,9 +138,9 @@ def main(args):
         job.phase("update")
         if job.end(log, iteration):
             break
-        job.sample_grid(G_theta, tn)
+        job.look(G_theta, tn)
     job.finish(F_phi, G_theta, tn)
 
 
 if __name__ == "__main__":
-    run.entry("adp.py", parse_args, main)
+    flags.entry("adp.py", parse_args, main)

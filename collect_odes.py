@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models import data, networks, run
+from models import data, flags, networks
 from models.checkpoint import TORCH_SUFFIXES, InputError
 from models.diffusion import Denoiser, solve, teacher_times
 from models.networks import DTYPES
@@ -31,7 +31,7 @@ from models.presets import Preset
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="collect_odes.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    run.model_flags(parser)
+    flags.model_flags(parser)
     parser.set_defaults(model="tiny-sdxl")
     add = parser.add_argument
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; in its order, again and again")
@@ -66,7 +66,8 @@ def settings(args, row: Preset) -> dict:
     """What all pairs of a folder have in common, as it comes back from JSON."""
     same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, row),
                 seed=args.seed, steps=args.steps, schedule=row.schedule, shift=row.shift, cfg=args.cfg,
-                precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
+                frames=args.frames, null_prompt=args.null_prompt, precision=args.precision, no_t5=args.no_t5,
+                dtype=args.dtype, shard_size=args.shard_size,
                 prompts=data.sha256(args.prompts), checkpoint=fingerprint(networks.source(args, row).path),
                 text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
     return json.loads(json.dumps(same))
@@ -127,10 +128,12 @@ def verify(folder: Path) -> None:
 
 @torch.no_grad()
 def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w: Tensor, prompts: list[str],
-                batch: int, dtype: torch.dtype, bar: tqdm) -> Tensor | None:
-    """x_0 (n C h w) in `dtype` on rank 0 from x_T (n C h w), w (n,) and n prompts. The ranks share the work
-    and make equal numbers of forwards, because a sharded network needs all of them at once."""
-    n, world, rank, before = len(x_T), dist.get_world_size(), dist.get_rank(), bar.n
+                batch: int, dtype: torch.dtype, bar: tqdm, sequence: int) -> Tensor | None:
+    """x_0 (n ...) in `dtype` on rank 0 from latents x_T (n ...), w (n,) and n prompts. The ranks share the
+    work and make equal numbers of forwards, because a sharded network needs all of them at once; each
+    `sequence` neighbours have the same samples."""
+    n, before = len(x_T), bar.n
+    world, rank = dist.get_world_size() // sequence, dist.get_rank() // sequence
     per_rank = -(-n // world)
     # The last pair fills the rest.
     own = [min(i, n - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]
@@ -142,9 +145,9 @@ def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w
         x_0.append(x.to(dtype).cpu())
         bar.update(before + min(n, world * (start + batch)) - bar.n)
     x_0 = torch.cat(x_0).view(torch.uint8)  # gloo does not know every dtype
-    gathered = [torch.empty_like(x_0) for _ in range(world)] if is_main() else None
+    gathered = [torch.empty_like(x_0) for _ in range(dist.get_world_size())] if is_main() else None
     dist.gather(x_0, gathered)
-    return torch.cat(gathered)[:n].view(dtype) if is_main() else None
+    return torch.cat(gathered[::sequence])[:n].view(dtype) if is_main() else None
 
 
 def main(args):
@@ -152,12 +155,12 @@ def main(args):
     args.out = args.out or Path("runs") / f"odes-{args.model}"
     if args.verify:
         return verify(args.out) if is_main() else None
-    row = run.resolve_model(args)
-    run.fill(args, row, ("prompts", "cfg"))
+    row = flags.resolve_model(args)
+    flags.fill(args, row, ("prompts", "cfg"))
     for name, default in (("count", row.pair_count), ("steps", row.teacher_steps),
                           ("batch", 2 * row.micro_batch)):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    run.at_least_1(args, ("count", "steps", "batch", "shard_size"))
+    flags.at_least_1(args, ("count", "steps", "batch", "shard_size"))
     (low, high), dtype = args.cfg, DTYPES[args.dtype]
     if not low <= high:
         raise InputError(f"--cfg {low:g} {high:g}: expected the lower scale first")
@@ -181,7 +184,8 @@ def main(args):
         x_T = data.noise(tuple(same["latent_shape"]), args.seed, 0, "x_T", indices)
         w = low + (high - low) * data.uniform(args.seed, 0, "w", indices)
         own = [prompts[i % len(prompts)] for i in indices]
-        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, own, args.batch, dtype, bar)
+        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, own, args.batch, dtype, bar,
+                          args.sequence_parallel)
         if is_main():
             bad = [i for i, x in zip(indices, x_0) if not x.isfinite().all()]
             if bad:
@@ -196,4 +200,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run.entry("collect_odes.py", parse_args, main)
+    flags.entry("collect_odes.py", parse_args, main)

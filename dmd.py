@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import mse_loss
 
-from models import networks, run
+from models import flags, networks, run
 from models.data import noise, uniform
 from models.diffusion import (
     Denoiser,
@@ -34,13 +34,15 @@ from models.parallel import adamw, init_distributed, set_trainable, update
 
 
 def parse_args(argv=None):
-    parser = run.training_parser("dmd", __doc__)
+    parser = flags.training_parser("dmd", __doc__)
     add = parser.add_argument
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
     add("--steps", type=int, help="N, steps of the generator")
     add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
+    add("--generator-cfg-offset", type=float, metavar="X",
+        help="guide the generator too, at the real score's scale less X (Table 3, w/ CFG: 2)")
     add("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
     add("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
         help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
@@ -51,7 +53,7 @@ def parse_args(argv=None):
 
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
-    row = run.resolve(args)
+    row = flags.resolve(args)
     job = run.Job("dmd", args, row, mesh, device)
     load = partial(networks.load_network, args, row, mesh, device)
 
@@ -83,6 +85,10 @@ def main(args):
     def draw_u(name, indices):  # U[0, 1), likewise
         return uniform(args.seed, global_iter, name, indices).to(device)
 
+    def guidance(name, indices):  # scales of the real score; c_null and scales of the generator, if any
+        w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * draw_u(name, indices)
+        return w, () if args.generator_cfg_offset is None else (job.c_null, w - args.generator_cfg_offset)
+
     while gen_iter < args.max_iter:                                                    # Alg. 1 l. 4
         global_iter += 1                                                               # Alg. 1 l. 5
         log = job.begin(global_iter)
@@ -93,7 +99,8 @@ def main(args):
         for indices, c in batch:
             z = draw("z", indices)                                                     # Alg. 1 l. 8
             with torch.no_grad():
-                x_0 = solve(G_theta, z, tn, c)                                         # Alg. 1 l. 9
+                _, guided = guidance("w_f", indices)
+                x_0 = solve(G_theta, z, tn, c, *guided)                                # Alg. 1 l. 9
             z_f = draw("z_f", indices)                                                 # Alg. 1 l. 10
             t_f = random_time(f_psi.schedule, draw_u("t_f", indices))                  # Alg. 1 l. 10
             x_tf = q(f_psi.schedule, x_0, t_f, z_f)
@@ -113,15 +120,15 @@ def main(args):
         n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # on all ranks  # Alg. 1 l. 15
         for indices, c in batch:
             z_hat = draw("z_hat", indices)                                             # Alg. 1 l. 15
+            w, guided = guidance("w", indices)
             with torch.no_grad():
-                x_hat_tn = solve(G_theta, z_hat, tn[n:], c)                            # Alg. 1 l. 16
-            _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c)                  # Alg. 1 l. 17
+                x_hat_tn = solve(G_theta, z_hat, tn[n:], c, *guided)                   # Alg. 1 l. 16
+            _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c, *guided)         # Alg. 1 l. 17
             z_g = draw("z_g", indices)                                                 # Alg. 1 l. 18
             t = random_time(F_phi.schedule, draw_u("t", indices))                      # Alg. 1 l. 18
             x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
             with torch.no_grad():  # both to the end of the ODE, t_0 = 0
                 x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)
-                w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * draw_u("w", indices)
                 x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)
             loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)                         # Eqs. (5), (6)
             (loss_theta / accumulation).backward()
@@ -132,9 +139,9 @@ def main(args):
         job.phase("update")
         if job.end(log, gen_iter):
             break
-        job.sample_grid(G_theta, tn)
+        job.look(G_theta, tn)
     job.finish(F_phi, G_theta, tn)                                                     # Alg. 1 l. 27
 
 
 if __name__ == "__main__":
-    run.entry("dmd.py", parse_args, main)
+    flags.entry("dmd.py", parse_args, main)

@@ -1,34 +1,38 @@
-"""Pictures from a teacher, an exported generator, a LoRA file or a run folder.
+"""Pictures or videos from a teacher, an exported generator, a LoRA file or a run folder.
 
     python sample.py                               # the embedded tiny-sd3 teacher
     python sample.py --ckpt runs/adm-tiny-sd3-000  # the student of a run, at its own N steps
     python sample.py --model sd3-medium --ckpt sd3_medium.safetensors --lora FILE --prompt "a red fox"
+    torchrun --nproc_per_node 8 sample.py --model cogvideox-5b --sequence-parallel 8
 
-Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png. A file that
-this project exported says how many steps it was trained for; then the generator's schedule is used without
-guidance. Everything else is sampled as a teacher: Euler steps on the original's schedule with guidance.
+Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png; of videos
+000.mp4, ..., grid.mp4 and in grid.png six frames of each. A file that this project exported says how many
+steps it was trained for, and at which guidance, mostly none; then the generator's schedule is used.
+Everything else is sampled as a teacher: Euler or DDIM steps on the original's schedule with guidance.
 """
 import argparse
 import json
 from pathlib import Path
 
-from models import lora, networks, run, sampling
+from models import flags, lora, networks, sampling
 from models.checkpoint import InputError, open_tensors
-from models.data import read_prompts, save_grid, save_png
+from models.data import film_strip, picture, save_grid, save_mp4, save_png
 from models.diffusion import Denoiser, generator_times, teacher_times
 from models.parallel import init_distributed, is_main, print0
+from models.presets import PRESETS
+from models.prompt_sets import SETS, prompt_set
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    run.model_flags(parser)
+    flags.model_flags(parser)
     parser.set_defaults(model=None)  # the exported file's own, else tiny-sd3
     add = parser.add_argument
     add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into weights")
     add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
-    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; default: a dozen of our own")
+    add("--prompts", help=f"file, or a set by name: {', '.join(SETS)}; default: some of our own")
     add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
     add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
@@ -43,10 +47,16 @@ def from_run_folder(args) -> None:
     if trained is None:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
+    if base and PRESETS[args.model].frames:
+        for flag, (inside, original) in networks.COGVIDEOX_PARTS.items():
+            trained[flag] = trained[flag] or networks.beside_denoiser(base, PRESETS[args.model], inside,
+                                                                      original)
     if base and not trained["text_ckpt"] and (base.parent / "text_encoders").is_dir():
         trained["text_ckpt"] = base.parent  # where training found them
     args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
+    args.vae_ckpt = args.vae_ckpt or trained["vae_ckpt"] and Path(trained["vae_ckpt"])
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
+    args.frames = args.frames or trained["frames"]
     args.no_t5 = args.no_t5 or trained["no_t5"]
     if (folder / "generator.safetensors").exists():
         args.ckpt = folder / "generator.safetensors"
@@ -70,8 +80,8 @@ def main(args):
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
     args.model = args.model or exported(args).get("dmdx.model", "tiny-sd3")
-    row = run.resolve_model(args)
-    run.at_least_1(args, ("count", "steps", "batch"))
+    row = flags.resolve_model(args)
+    flags.at_least_1(args, ("count", "steps", "batch"))
     net = networks.load_network(args, row, mesh, device)
     metadata = networks.source(args, row).metadata | exported(args)
     if args.lora:
@@ -82,24 +92,32 @@ def main(args):
     F = Denoiser(net, metadata.get("dmdx.predicts", row.predicts),
                  metadata.get("dmdx.schedule", row.schedule))
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
-    cfg = args.cfg if args.cfg is not None else (1.0 if student else row.teacher_cfg)
+    guidance = float(metadata.get("dmdx.cfg", 1)) if student else row.teacher_cfg
+    cfg = args.cfg if args.cfg is not None else guidance
 
     if args.prompt is not None:
         prompts = [args.prompt]
     else:
-        prompts = read_prompts(args.prompts) if args.prompts else list(row.sample_prompts)
+        prompts = prompt_set(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
     images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed,
-                               None if cfg == 1 else cfg, args.batch, row.decode_batch)
+                               None if cfg == 1 else cfg, args.batch, row.decode_batch,
+                               args.sequence_parallel, args.context_parallel)
     if is_main():
         for i, (image, prompt) in enumerate(zip(images, prompts)):
-            save_png(args.out / f"{i:03d}.png", image,
-                     dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
-                          model=args.model))
-        save_grid(args.out / "grid.png", images, columns=4)
-    print0(f"{len(prompts)} pictures, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
+            text = dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
+                        model=args.model)
+            if row.frames:
+                save_mp4(args.out / f"{i:03d}.mp4", [picture(frame, 128) for frame in image], row.fps, text)
+            else:
+                save_png(args.out / f"{i:03d}.png", image, text)
+        save_grid(args.out / "grid.png", images, columns=4, fps=row.fps)
+        if row.frames:
+            save_grid(args.out / "grid.png", film_strip(images), columns=6)
+    kind = "videos" if row.frames else "pictures"
+    print0(f"{len(prompts)} {kind}, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
 
 
 if __name__ == "__main__":
-    run.entry("sample.py", parse_args, main)
+    flags.entry("sample.py", parse_args, main)

@@ -1,4 +1,4 @@
-"""Prompt files, stateless sampling, ODE pairs, pictures and metrics.
+"""Prompt files, stateless sampling, ODE pairs, pictures, videos and metrics.
 
 Which prompt, noise and time a sample gets depends on (seed, iteration, purpose, global sample index) alone,
 never on a running generator: any number of ranks cuts the same batch, and resuming needs no data state.
@@ -12,6 +12,7 @@ from hashlib import blake2b, file_digest
 from itertools import accumulate
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from einops import rearrange
@@ -322,7 +323,7 @@ def save_png(path: str | Path, image: Tensor, text: dict[str, str] | None = None
     save_picture(path, picture(image), text)
 
 
-def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128) -> None:
+def grid(images: Tensor, columns: int, least: int = 128) -> Image.Image:
     """Images (B 3 H W) in reading order, `columns` to a row, without margins; places left over are black.
     Images whose short side is below `least` are enlarged by a whole factor, to be seen at all."""
     pictures = [picture(image, least) for image in images]
@@ -330,7 +331,40 @@ def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128) 
     canvas = Image.new("RGB", (min(columns, len(images)) * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(pictures):
         canvas.paste(image, (i % columns * width, i // columns * height))
-    save_picture(path, canvas)
+    return canvas
+
+
+def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128, fps: int = 8) -> Path:
+    """`grid` of images (B 3 H W) as PNG, of videos (B F 3 H W) as MP4, which replaces the path's suffix."""
+    if images.ndim == 4:
+        save_picture(path, grid(images, columns, least))
+        return Path(path)
+    path = Path(path).with_suffix(".mp4")
+    save_mp4(path, [grid(frame, columns, least) for frame in images.unbind(1)], fps)
+    return path
+
+
+def save_mp4(path: str | Path, frames: list[Image.Image], fps: int,
+             text: dict[str, str] | None = None) -> None:
+    """H.264 in MP4 through PyAV, with the index in front, as players in browsers want it; `text` becomes its
+    comment. An odd last row or column, which H.264's usual pixel format lacks, is cut off."""
+    with replacing(path) as temporary, av.open(temporary, "w", format="mp4",
+                                               options={"movflags": "faststart"}) as file:
+        if text:
+            file.metadata["comment"] = json.dumps(text)
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream.width, stream.height = (side // 2 * 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            image = frame.crop((0, 0, stream.width, stream.height))
+            file.mux(stream.encode(av.VideoFrame.from_image(image)))
+        file.mux(stream.encode())
+
+
+def film_strip(videos: Tensor, count: int = 6) -> Tensor:
+    """Of each video (B F 3 H W) `count` frames, evenly spaced from the first to the last: (B*count 3 H W)."""
+    places = torch.linspace(0, videos.shape[1] - 1, min(count, videos.shape[1])).round().long()
+    return videos[:, places].flatten(0, 1)
 
 
 def save_rows(path: str | Path, rows: list[tuple[str, Tensor]], least: int = 128) -> None:
@@ -352,6 +386,23 @@ def save_rows(path: str | Path, rows: list[tuple[str, Tensor]], least: int = 128
             x += image.width + gap
         y += max(image.height for image in images) + gap
     save_picture(path, canvas)
+
+
+def read_mp4(path: str | Path, frames: int | None = None, stride: int = 1) -> Tensor:
+    """Every `stride`-th frame of a video, at most `frames` of them: uint8 (F 3 H W). Raises InputError."""
+    images = []
+    try:
+        with av.open(path) as file:
+            for i, frame in enumerate(file.decode(video=0)):
+                if i % stride == 0:
+                    images.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(images) == frames:
+                    break
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise InputError(f"{path}: not a video, or damaged ({error})") from error
+    if not images:
+        raise InputError(f"{path}: no frames in this video")
+    return rearrange(torch.stack(images), "F H W C -> F C H W")
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Diffusion core: Eqs. (1)-(3), (5), (6), prediction types, classifier-free guidance, PF-ODE, time schedules.
 
 Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to
-(alpha, sigma): "flow" (SD3: alpha = 1 - t, sigma = t) or "sdxl" (scaled-linear DDPM betas on the grid
-i/1000). What a network predicts is a string too: "velocity" (eps - x_0, flow path), "epsilon", or "v"
-(alpha * eps - sigma * x_0). The file stands alone: torch.
+(alpha, sigma): "flow" (SD3: alpha = 1 - t, sigma = t), or scaled-linear DDPM betas on the grid i/1000, "sdxl"
+as they are, "cogvideox-2b" and "cogvideox-5b" brought to alpha = 0 at t = 1. What a network predicts is a
+string too: "velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0). The file stands
+alone: torch.
 
 Symbols: x_0 clean latent, eps noise, x_t noisy latent (B C H W or B T C H W), t and s = t - dt times (B,),
 c condition.
@@ -33,13 +34,27 @@ class Denoiser:
 
 # ---- schedules ---------------------------------------------------------------------------------------------
 
+SNR_SHIFT = {"cogvideox-2b": 3.0, "cogvideox-5b": 1.0}
+
+
+@cache
+def alphas_cumprod(schedule: str) -> Tensor:
+    """Of DDPM's 1000 steps, float64. CogVideoX divides the signal-to-noise ratio by 3 (2b) or 1 (5b), then
+    shifts and stretches its root so that the last value is 0 and the first stays: zero terminal SNR."""
+    if schedule not in ("sdxl", *SNR_SHIFT):
+        raise ValueError(f"unknown schedule {schedule!r}: expected flow, sdxl, {', '.join(SNR_SHIFT)}")
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - betas).cumprod(0)
+    if schedule in SNR_SHIFT:
+        root = (abar / (SNR_SHIFT[schedule] + (1 - SNR_SHIFT[schedule]) * abar)).sqrt()
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return abar
+
+
 @cache
 def ddpm_table(schedule: str) -> Tensor:
     """(alpha, sigma) at t = i/1000, (2 1001) float32: i = 0 is the clean end, i >= 1 alphas_cumprod[i-1]."""
-    if schedule != "sdxl":
-        raise ValueError(f"unknown schedule {schedule!r}: expected 'flow' or 'sdxl'")
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod(schedule)])
     return torch.stack([abar.sqrt(), (1 - abar).sqrt()]).float()
 
 
@@ -84,7 +99,11 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The original samplers' times, ascending: 0 and N values.
 
     "flow" is SD3's: the end points are shifted once before the linear spacing and once after it, as the
-    published sampler does. "sdxl" is sgm's: indices 999, ..., evenly spaced and rounded down, none at 0."""
+    published sampler does. "sdxl" is sgm's: indices 999, ..., evenly spaced and rounded down, none at 0.
+    CogVideoX's are trailing: 999 and down by 1000 / steps, rounded."""
+    if schedule in SNR_SHIFT:
+        index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()
+        return (index / 1000).float()
     if schedule != "flow":
         index = torch.arange(1, steps + 1) * 999 // steps
         return torch.cat([torch.zeros(1), (index + 1) / 1000])

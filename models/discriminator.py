@@ -1,4 +1,4 @@
-"""D_tau: trainable heads on the features of a frozen backbone (Secs. 4.1, 4.2, App. B.1).
+"""D_tau: trainable heads on the features of a frozen backbone (Secs. 4.1, 4.2, Apps. B.1, B.2).
 
 The latent discriminator's backbone is the teacher's module itself, never a copy; that of ADP's pixel
 discriminator D_tau2 is the vision encoder of SAM, or of DINOv2. They are held as the Denoiser F_phi and the
@@ -8,7 +8,7 @@ head and sample: the spatial mean of the head's map.
     D_tau2 = PixelDiscriminator(load_vision("sam", "sam_vit_b_01ec64.pth", torch.bfloat16, device))
     logits = D_tau2(D_tau2.features(vae.decode(x_hat_0)))
 
-Shapes: B batch, D width of a map, h w its size, H W an image's.
+Shapes: B batch, D width of a map, T its frames, h w its size, H W an image's.
 """
 import json
 import math
@@ -71,22 +71,42 @@ class Head2d(nn.Module):
         return self.logit(self.shrink(x.to(self.logit.weight.dtype))).mean((1, 2, 3))
 
 
-class Discriminator(nn.Module):
-    """Latent discriminator: a head on each tapped block of F_phi. `map_shapes`: (D, h, w) of each tap; width:
-    of the heads."""
+class Head3d(nn.Module):
+    """n x [3x3x3 conv, GroupNorm 32, SiLU, 3x3 conv stride 2 in each frame, GroupNorm 32, SiLU], 1x1x1 conv
+    to one channel (App. B.2): (B D T h w) -> (B,). The frames stay as many as they are."""
 
-    def __init__(self, F_phi: Denoiser, taps: tuple[int, ...], map_shapes: list[tuple[int, int, int]],
+    def __init__(self, channels: int, short_side: int, width: int):
+        super().__init__()
+        layers = []
+        for i in range(shrink_count(short_side)):
+            layers += [nn.Conv3d(width if i else channels, width, 3, padding=1),
+                       nn.GroupNorm(32, width), nn.SiLU(),
+                       nn.Conv3d(width, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+                       nn.GroupNorm(32, width), nn.SiLU()]
+        self.shrink = nn.Sequential(*layers)
+        self.logit = nn.Conv3d(width if layers else channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logit(self.shrink(x.to(self.logit.weight.dtype))).mean((1, 2, 3, 4))
+
+
+class Discriminator(nn.Module):
+    """Latent discriminator: a head on each tapped block of F_phi. `map_shapes`: (D, h, w) of each tap, or
+    (D, T, h, w) of a video's; width: of the heads."""
+
+    def __init__(self, F_phi: Denoiser, taps: tuple[int, ...], map_shapes: list[tuple[int, ...]],
                  width: int = 256):
         super().__init__()
         self.F_phi = F_phi
         self.taps = taps
-        self.heads = nn.ModuleList(Head2d(D, min(h, w), width) for D, h, w in map_shapes)
+        self.heads = nn.ModuleList((Head3d if len(shape) == 4 else Head2d)(shape[0], min(shape[-2:]), width)
+                                   for shape in map_shapes)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.heads)
 
     def features(self, x: Tensor, t: Tensor, c: tuple) -> list[Tensor]:
-        """F_phi's maps (B D h w) at the taps, without any adapter; gradients reach x."""
+        """F_phi's maps (B D h w), of a video (B D T h w), at the taps, no adapter on; gradients reach x."""
         return self.F_phi.net(x, t, c, taps=self.taps)
 
     def forward(self, features: list[Tensor]) -> Tensor:

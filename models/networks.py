@@ -12,6 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models import checkpoint, lora
 from models.checkpoint import InputError
+from models.cogvideox import CogVideoX
+from models.cogvideox import config_from_shapes as cogvideox_config
+from models.cogvideox import from_sat as cogvideox_from_sat
+from models.cogvideox_vae import CogVideoXVAE
+from models.cogvideox_vae import config_from_shapes as cogvideox_vae_config
+from models.cogvideox_vae import from_sat as cogvideox_vae_from_sat
 from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, load_vision, random_vision
 from models.mmdit import MMDiT
@@ -23,24 +29,39 @@ from models.parallel import (
     is_main,
     load_sharded,
     materialise,
+    neighbours,
+    sequence_parallel,
     settle,
     shard,
 )
 from models.presets import Preset
 from models.sdxl_unet import UNet
 from models.sdxl_unet import config_from_shapes as unet_config
-from models.text import SD3Text, SDXLText, load_tokenizers, text_parts
+from models.text import (
+    CogVideoXText,
+    SD3Text,
+    SDXLText,
+    hub_tensors,
+    load_tokenizers,
+    t5_tensors,
+    text_parts,
+)
 from models.vae import AutoencoderKL
 from models.vae import config_from_shapes as vae_config
 
 DENOISER = "model.diffusion_model."
 # Preset.family -> the denoiser's class, and its arguments as far as a checkpoint's shapes tell them.
-FAMILIES = {"mmdit": (MMDiT, mmdit_config), "unet": (UNet, unet_config)}
+FAMILIES = {"mmdit": (MMDiT, mmdit_config), "unet": (UNet, unet_config),
+            "cogvideox": (CogVideoX, cogvideox_config)}
+# Flag -> where its file is in a CogVideoX download, and in the original release.
+COGVIDEOX_PARTS = {"vae_ckpt": ("vae/", "vae/3d-vae.pt"), "text_ckpt": ("text_encoder/", "t5-v1_1-xxl/")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, int, int]:
-    return row.latent_channels, args.size[0] // row.vae_factor, args.size[1] // row.vae_factor
+def latent_shape(args: argparse.Namespace, row: Preset) -> tuple[int, ...]:
+    """(C h w), of a video (T C h w)."""
+    frames = ((args.frames - 1) // row.vae_frames + 1,) if row.frames else ()
+    return *frames, row.latent_channels, args.size[0] // row.vae_factor, args.size[1] // row.vae_factor
 
 
 def sizes(row: Preset) -> tuple[int, int | None]:
@@ -48,11 +69,13 @@ def sizes(row: Preset) -> tuple[int, int | None]:
     if row.family == "unet":
         return row.vae_factor * 2 ** (len(row.config["channel_mult"]) - 1), None
     multiple = row.vae_factor * row.config["patch"]
-    return multiple, multiple * row.config["pos_grid"]
+    return multiple, multiple * row.config["pos_grid"] if row.family == "mmdit" else None
 
 
 def condition_shapes(row: Preset) -> tuple[tuple[int, int], tuple[int]]:
     """Shapes (L D) of a prompt's context and (P,) of its vector."""
+    if row.family == "cogvideox":
+        return (row.t5_length, row.config["text_dim"]), (0,)
     vector = row.config["vector_dim" if row.family == "unet" else "pooled_dim"]
     return (row.clip_length + row.t5_length, row.config["context_dim"]), (vector,)
 
@@ -77,7 +100,8 @@ def check_config(args, tensors: checkpoint.Tensors, config_from_shapes: Callable
 def open_denoiser(args: argparse.Namespace, row: Preset, init: Path | None = None) -> checkpoint.Tensors:
     """The denoiser's tensors, of the file `init` or of `source`. Raises InputError if that holds another
     architecture than the preset's."""
-    tensors = (checkpoint.open_tensors(init) if init else source(args, row)).group(DENOISER)
+    tensors = checkpoint.open_tensors(init) if init else source(args, row)
+    tensors = cogvideox_from_sat(tensors) if row.family == "cogvideox" else tensors.group(DENOISER)
     Network, config_from_shapes = FAMILIES[row.family]
     check_config(args, tensors, config_from_shapes, row.config)
     with torch.device("meta"):
@@ -98,6 +122,8 @@ def load_network(args, row: Preset, mesh: DeviceMesh, device: torch.device, trai
     net.requires_grad_(trainable)
     for name, rank in adapters.items():
         lora.add_lora(net, name, rank)
+    if args.sequence_parallel > 1:
+        sequence_parallel(net, neighbours(args.sequence_parallel))
     shard(net, mesh, compute, args.offload, checkpointing=not args.no_checkpointing)
     materialise(net, device, args.offload)
     if tensors is None:
@@ -115,7 +141,7 @@ def load_generator(args, row: Preset, mesh: DeviceMesh, device: torch.device) ->
     predicts, schedule, init = row.predicts, row.schedule, args.init
     if init:
         if init.is_dir() and not (init / "generator.safetensors").exists():
-            raise InputError(f"--init {init}: no generator.safetensors yet; expected a finished run of adp.py")
+            raise InputError(f"--init {init}: no generator.safetensors; expected a finished run of adp.py")
         init = init / "generator.safetensors" if init.is_dir() else init
         metadata = checkpoint.open_tensors(init).metadata
         if metadata.get("dmdx.model") != args.model:
@@ -126,8 +152,15 @@ def load_generator(args, row: Preset, mesh: DeviceMesh, device: torch.device) ->
     return Denoiser(load_network(args, row, mesh, device, trainable=True, init=init), predicts, schedule)
 
 
-def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3Text | SDXLText:
+def load_text(args, row: Preset, mesh: DeviceMesh,
+              device: torch.device) -> SD3Text | SDXLText | CogVideoXText:
     """The sharded text encoders: from --text-ckpt, the denoiser's file, the files beside it, or the hub."""
+    if row.family == "cogvideox":
+        path = args.text_ckpt or beside_denoiser(args.ckpt, row, *COGVIDEOX_PARTS["text_ckpt"])
+        parts = {"t5": t5_tensors(hub_tensors(path) if path.is_dir() else checkpoint.open_tensors(path))}
+        text = CogVideoXText(parts, load_tokenizers(args.tokenizers, t5=False), row.t5_length,
+                             args.null_prompt, device)
+        return fill_text(args, text, parts, mesh, device)
     single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
     if args.text_ckpt:
         beside = [args.text_ckpt]
@@ -150,20 +183,41 @@ def load_text(args, row: Preset, mesh: DeviceMesh, device: torch.device) -> SD3T
             raise InputError(f"{beside[0]}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors "
                              "in it, or --no-t5")
         text = SD3Text(parts, tokenizers, row.t5_length, row.config["context_dim"], device=device)
+    return fill_text(args, text, parts, mesh, device)
+
+
+def fill_text(args, text: nn.Module, parts: dict, mesh: DeviceMesh, device: torch.device) -> nn.Module:
     shard(text.to(DTYPES[args.precision]), mesh, DTYPES[args.precision], args.offload)
     materialise(text, device, args.offload)
     return text.load(parts, load_sharded)
 
 
-def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL:
+def beside_denoiser(ckpt: Path | None, row: Preset, folder: str, original: str) -> Path:
+    """`folder` of a CogVideoX download, or `original`, its name in the original release, whose denoiser is
+    transformer/1/mp_rank_00_model_states.pt; where neither is beside `ckpt`, the preset's own."""
+    for root in (ckpt, *ckpt.resolve().parents[:3]) if ckpt else ():
+        for path in (root / folder, root / original):
+            if path.exists():
+                return path
+    return checkpoint.find(folder, row.ckpt, row.repo)
+
+
+def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL | CogVideoXVAE:
     """The whole VAE on every rank, frozen, in --vae-precision. Raises InputError for another architecture."""
+    video = row.family == "cogvideox"
     with torch.device("meta"):
-        vae = AutoencoderKL(**row.vae)
+        vae = (CogVideoXVAE if video else AutoencoderKL)(**row.vae)
     if args.random_weights:
         vae.to_empty(device="cpu")
         fill_random(vae, args.seed)
+    elif video:
+        path = args.vae_ckpt or beside_denoiser(args.ckpt, row, *COGVIDEOX_PARTS["vae_ckpt"])
+        tensors = cogvideox_vae_from_sat(checkpoint.open_tensors(path))
+        check_config(args, tensors, cogvideox_vae_config, row.vae)
+        checkpoint.load(vae, tensors)
     else:
-        tensors = source(args, row).group("first_stage_model.")
+        tensors = (checkpoint.open_tensors(args.vae_ckpt) if args.vae_ckpt
+                   else source(args, row)).group("first_stage_model.")
         check_config(args, tensors, vae_config, row.vae)
         checkpoint.load(vae, tensors)
     return vae.requires_grad_(False).to(device, DTYPES[args.vae_precision])
@@ -183,7 +237,8 @@ def shard_heads(args, build: Callable[[], nn.Module], mesh: DeviceMesh, device: 
 def new_discriminator(args, row: Preset, F_phi: Denoiser, mesh: DeviceMesh,
                       device: torch.device) -> Discriminator:
     """The latent D_tau on F_phi's own module."""
-    taps = F_phi.net.tap_shapes(*latent_shape(args, row)[-2:])
+    shape = latent_shape(args, row)
+    taps = F_phi.net.tap_shapes(*(shape if row.frames else shape[-2:]))
     return shard_heads(args, lambda: Discriminator(F_phi, tuple(taps), list(taps.values()), row.head_width),
                        mesh, device)
 
@@ -206,19 +261,29 @@ def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
     return {name: p for name, p in role.net.named_parameters() if not suffixes or name.endswith(suffixes)}
 
 
+def student_cfg(args, row: Preset) -> float | None:
+    """Guidance at which a generator is sampled: the teacher's less --generator-cfg-offset, None for none."""
+    offset = getattr(args, "generator_cfg_offset", None)
+    return None if offset is None else row.teacher_cfg - offset
+
+
 def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
     """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all
     weights in the original single-file layout with the checkpoint's VAE and text encoders unchanged."""
     metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift),
                 "dmdx.predicts": G_theta.predicts, "dmdx.schedule": G_theta.schedule}
+    if student_cfg(args, row) is not None:
+        metadata["dmdx.cfg"] = str(student_cfg(args, row))
     if G_theta.lora:
         lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)
         lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, G_theta.lora[0], metadata)
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
-    weights = {DENOISER + name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
+    video = row.family == "cogvideox"  # published in a file of its own, without prefix
+    weights = {("" if video else DENOISER) + name: p.to(DTYPES[args.export_dtype])
+               for name, p in full_tensors(named)}
     if is_main():
-        tensors = source(args, row)
-        others = {name: tensors[name] for name in tensors.shapes if not name.startswith(DENOISER)}
+        tensors = {} if video else source(args, row)
+        others = {name: tensors[name] for name in tensors if not name.startswith(DENOISER)}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
     any_rank(False)  # the others wait here for the writing, on gloo, which is more patient than nccl

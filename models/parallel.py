@@ -8,13 +8,15 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -59,6 +61,16 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
     shape = (dist.get_world_size() // shard_ranks, shard_ranks)
     return device, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@cache
+def _neighbours(count: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_subgroups(count)[0]
+
+
+def neighbours(count: int) -> dist.ProcessGroup:
+    """The group of `count` consecutive ranks that holds this one; the first call is a collective."""
+    return _neighbours(count, dist.group.WORLD)
 
 
 def is_main() -> bool:
@@ -178,8 +190,8 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
     """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no
-    special case. Fused: one kernel, where a loop over sharded tensors costs as much as a tiny model's forward,
-    and over offloaded ones would use one core."""
+    special case. Fused: one kernel, where a loop over sharded tensors costs as much as a tiny network, and
+    over offloaded ones would use one core."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
     for p in params.values():
         opt.state[p] = {"step": torch.zeros((), device=p.device),
@@ -271,3 +283,106 @@ def load_state(path: Path, roles: dict) -> dict:
         raise InputError(f"{path}: not a state of this model and these flags, or damaged "
                          f"({reason})") from error
     return progress
+
+
+# ---- sequence parallel -------------------------------------------------------------------------------------
+
+def sequence_parallel(net: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """Have the ranks of `group` share the tokens of their common samples, in place, before or after `shard`:
+    each runs the blocks on its part of the sequence, and attends with its part of the heads to all of it
+    (Ulysses, Jacobs et al. 2023). Works on networks with `heads`, `cut`, `join` and `blocks()` that `attend`.
+
+    Every rank computes the same before `cut` and after `join`, and so the same loss, of which it seems to be
+    the only owner. Therefore `join` sends back each rank's gradient times the group's size, and `cut` divides
+    by it again: inputs get their exact gradient on every rank, and the mean over the ranks, which FSDP takes,
+    is exact for all weights. Raises InputError if the ranks cannot share the heads evenly."""
+    ranks = group.size()
+    if net.heads % ranks:
+        divisors = ", ".join(str(n) for n in range(1, net.heads + 1) if net.heads % n == 0)
+        raise InputError(f"--sequence-parallel {ranks} does not divide the network's {net.heads} attention "
+                         f"heads; expected one of {divisors}")
+    net.cut, net.join = partial(cut, group=group), partial(join, group=group)
+    for block in net.blocks():
+        block.attend = partial(ulysses, group=group, attend=block.attend)
+    return net
+
+
+def shares(total: int, first: int, last: int, ranks: int) -> list[int]:
+    """How many of the tokens [first, last) each rank holds: all `total` are cut evenly, to one token."""
+    bounds = [total * rank // ranks for rank in range(ranks + 1)]
+    return [max(0, min(stop, last) - max(start, first)) for start, stop in pairwise(bounds)]
+
+
+def cut(x: Tensor, first: int, total: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's share of x (B n ...), the tokens from `first` on of a sequence of `total`."""
+    return Cut.apply(x, shares(total, first, first + x.shape[1], group.size()), group)
+
+
+def join(x: Tensor, first: int, total: int, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' shares (B l ...) of the tokens [first, total): (B n ...)."""
+    return Join.apply(x, shares(total, first, total, group.size()), group)
+
+
+def ulysses(q: Tensor, k: Tensor, v: Tensor, total: int, group: dist.ProcessGroup,
+            attend: Callable) -> Tensor:
+    """Attention of the whole sequence on q, k, v (B N l D) of this rank's tokens: tokens are exchanged for
+    heads (B N/ranks L D) and back."""
+    ranks, here = group.size(), [q.shape[2]] * group.size()
+    sizes = shares(total, 0, total, ranks)
+    # Tokens first: a rank's parts lie together then, and the exchanged ones need no copy.
+    parts = [rearrange(x, "B (P N) l D -> P l B N D", P=ranks) for x in (q, k, v)]
+    qkv = Exchange.apply(torch.stack(parts, dim=2).flatten(0, 1), here, sizes, group)  # L 3 B N/P D
+    out = attend(*rearrange(qkv, "L three B N D -> three B N L D"), total)
+    out = Exchange.apply(rearrange(out, "B N L D -> L B N D"), sizes, here, group)
+    return rearrange(out, "(P l) B N D -> B (P N) l D", P=ranks)
+
+
+def exchange(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of x (sum(sends) ...) along the first dimension: (sum(receives) ...)."""
+    out = x.new_empty(sum(receives), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+    return out
+
+
+def gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' x (B l ...), of these lengths, one after the other."""
+    copies = x.transpose(0, 1).expand(len(sizes), -1, *x.shape[:1], *x.shape[2:]).flatten(0, 1)
+    return exchange(copies, [x.shape[1]] * len(sizes), sizes, group).transpose(0, 1)
+
+
+def own(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of x (B n ...), in memory of its own."""
+    return x.split(sizes, dim=1)[group.rank()].clone(memory_format=torch.contiguous_format)
+
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.back = receives, sends, group
+        return exchange(x, sends, receives, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return exchange(grad, *ctx.back), None, None, None
+
+
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.args = sizes, group
+        return own(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return gather(grad / ctx.args[1].size(), *ctx.args), None, None
+
+
+class Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.args = sizes, group
+        return gather(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return own(grad, *ctx.args) * ctx.args[1].size(), None, None

@@ -10,11 +10,11 @@ HERE = Path(__file__).resolve().parent
 
 class Preset(NamedTuple):
     # the checkpoint
-    family: str                         # of the denoiser and the text encoders: models/networks.py
+    family: str                         # of the denoiser, text encoders and VAE: models/networks.py
     config: dict                        # architecture of the denoiser, checked against the file
     ckpt: Path | None                   # local file; None: `file` of the Hugging Face repository `repo`
     repo: str
-    file: str
+    file: str                           # "transformer/": a folder, with vae/ and text_encoder/ beside it
     text_files: tuple[str, ...]         # CLIP-L, CLIP-G, T5 in that repository; empty: inside the single file
     tokenizers: str                     # repository or folder with tokenizer/ and, for T5, tokenizer_3/
     predicts: str                       # what the network outputs, and on which schedule
@@ -54,6 +54,11 @@ class Preset(NamedTuple):
     sample_prompts: tuple[str, ...]
     evaluate: int                       # samples in the closing comparison of teacher and student
     procedural: bool                    # data known exactly, and so is the evaluation (models/shapes.py)
+    # video
+    frames: int = 0                     # of a clip, 8 k + 1; 0: images
+    fps: int = 8
+    vae_frames: int = 4                 # frames per latent frame
+    generator_cfg_offset: float | None = None  # generator's guidance: the real one's less this; None: none
 
 
 PROMPTS = (
@@ -76,6 +81,12 @@ TINY_PROMPTS = (
     "a large green cross on pink", "a small purple ring on white", "a large orange circle on gray",
     "a red triangle", "a square on pink", "a large ring", "a blue shape on white", "a small cross",
     "a shape on black",
+)
+
+TINY_VIDEO_PROMPTS = (
+    "a small red circle on white moving left", "a large blue square on black moving up",
+    "a yellow triangle moving right", "a large green cross on pink", "a purple ring on white moving down",
+    "a shape moving left",
 )
 
 SD3 = Preset(
@@ -107,16 +118,41 @@ SD35 = SD3._replace(
 SDXL = SD3._replace(
     family="unet",
     config=dict(model_channels=320, channel_mult=(1, 2, 4), num_res_blocks=2, depth=(0, 2, 10),
-                middle_depth=10, context_dim=2048, vector_dim=2816, in_channels=4, linear=True, head_dim=64, groups=32),
+                middle_depth=10, context_dim=2048, vector_dim=2816, in_channels=4, linear=True, head_dim=64,
+                groups=32),
     repo="stabilityai/stable-diffusion-xl-base-1.0", file="sd_xl_base_1.0.safetensors", text_files=(),
     tokenizers="stabilityai/stable-diffusion-xl-base-1.0", predicts="epsilon", schedule="sdxl",
     latent_channels=4, vae=SD3.vae | dict(z_channels=4, quant=True, shift=0.0, scale=0.13025), t5_length=0,
     shift=1.0, teacher_steps=25, steps=1, lora_rank=0, lr_theta=1e-7)
 
+VIDEO_PROMPTS = (
+    "A potter's hands shape a tall vase of wet clay on a spinning wheel, close-up, warm window light.",
+    "A red fox trots through a snowy birch forest at dawn, the camera gliding beside it.",
+    "Waves roll onto a black sand beach below cliffs, slow aerial shot, overcast sky.",
+    "A street musician plays the cello under a stone arch while people with umbrellas walk past.",
+)
+
+COGVIDEOX_2B = SD3._replace(
+    family="cogvideox",
+    config=dict(depth=30, heads=30, head_dim=64, in_channels=16, text_dim=4096, time_dim=512, patch=2,
+                rotary=False),
+    repo="zai-org/CogVideoX-2b", file="transformer/", text_files=(), tokenizers="zai-org/CogVideoX-2b",
+    predicts="v", schedule="cogvideox-2b",
+    vae=dict(ch=(128, 256, 256, 512), num_res_blocks=3, z_channels=16, scale=1.15258426, groups=32,
+             time_levels=2),
+    clip_length=0, t5_length=226, size=(480, 720), shift=1.0, teacher_steps=50, teacher_cfg=6.0,
+    steps=8, cfg=(5.0, 7.0), lora_rank=0, lr_theta=1e-7, batch_size=8, micro_batch=1,
+    sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=49)
+
 PRESETS = {
     "sdxl": SDXL,
     "sd3-medium": SD3,
     "sd3.5-large": SD35,
+    "cogvideox-2b": COGVIDEOX_2B,
+    "cogvideox-5b": COGVIDEOX_2B._replace(
+        config=COGVIDEOX_2B.config | dict(depth=42, heads=48, rotary=True),
+        repo="zai-org/CogVideoX-5b", tokenizers="zai-org/CogVideoX-5b", schedule="cogvideox-5b",
+        vae=COGVIDEOX_2B.vae | dict(scale=0.7)),
     # Not in the paper: SD3.5-Large's settings on the smaller model.  # [choice]
     "sd3.5-medium": SD35._replace(
         config=SD3.config | dict(pos_grid=384, qk_norm=True, attn2=tuple(range(13))),
@@ -150,3 +186,16 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     adp_lr_theta=5e-5, adp_lr_tau=4e-3, adp_max_iter=400, pixel_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
     pair_count=1024, decode_batch=16,
     prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, procedural=True)
+
+# z, text and clips as models/tiny_video.py makes them: 9 frames are 3 latent frames, one published chunk.
+PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
+    config=dict(depth=6, heads=6, head_dim=16, in_channels=4, text_dim=128, time_dim=96, patch=2,
+                rotary=False),
+    ckpt=HERE / "tiny" / "cogvideox", repo="", tokenizers=str(HERE / "tiny" / "cogvideox"),
+    latent_channels=4, vae_factor=4,
+    vae=dict(ch=(16, 16, 32), num_res_blocks=1, z_channels=4, scale=1.0, groups=8, time_levels=2),
+    t5_length=12, size=(32, 32), frames=9, teacher_cfg=3.0, cfg=(2.0, 4.0), steps=2,
+    lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
+    max_iter=200, head_width=64, decode_batch=16,
+    prompts=HERE / "tiny" / "cogvideox" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=256,
+    procedural=True)

@@ -1,14 +1,13 @@
-"""What training scripts do around their algorithm: flags, run folder, networks, batches, log, save, resume.
+"""What training scripts do around their algorithm: batches, log, save, resume, samples, closing comparison.
 
-Nothing here touches a loss. A script calls, in this order: `training_parser`, `resolve`, `Job`,
-`load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `log.add`, `log.update`,
+Nothing here touches a loss. A script calls, in this order: `flags.training_parser`, `flags.resolve`, `Job`,
+`networks.load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `log.add`, `log.update`,
 `job.end`; `job.finish` exports and compares.
 """
 import argparse
 import importlib.util
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -24,19 +23,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from models import shapes
+from models import moving_shapes, shapes
 from models.checkpoint import InputError
-from models.data import append_jsonl, noise, prompt_index, read_prompts, save_grid, save_rows, truncate_jsonl
+from models.data import append_jsonl, film_strip, noise, prompt_index, save_grid, save_rows, truncate_jsonl
 from models.diffusion import Denoiser, generator_times, teacher_times
+from models.flags import read_training_prompts, run_folder
+from models.metrics import quick_scores
 from models.networks import (
-    DTYPES,
     condition_shapes,
     export,
     latent_shape,
     load_text,
     load_vae,
     open_denoiser,
-    sizes,
+    student_cfg,
 )
 from models.parallel import (
     any_rank,
@@ -48,146 +48,12 @@ from models.parallel import (
     print0,
     save_state,
 )
-from models.presets import PRESETS, Preset
+from models.presets import Preset
 from models.sampling import generate
+from models.scores import load_scorer
 from models.text import Cond
 
 MAX_BAD = 10  # non-finite iterations in a row before a run stops
-
-
-# ---- flags and the run folder ------------------------------------------------------------------------------
-
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that loads a model."""
-    add = parser.add_argument
-    add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
-    add("--ckpt", type=Path, help="original single file; without it the Hugging Face hub is asked")
-    add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout")
-    add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
-    add("--no-t5", action="store_true", help="zeros in place of T5's tokens")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    add("--seed", type=int, default=0)
-    add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
-    add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
-    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
-    add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those who only sample
-
-
-def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
-    """The flags of every training script; None means the preset's value."""
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_flags(parser)
-    add = parser.add_argument
-    add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
-    add("--resume", nargs="?", const="newest", metavar="STATE",
-        help="continue --out (or the newest run) from its newest complete state")
-    add("--max-iter", type=int, help="generator updates")
-    add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
-    add("--micro-batch", type=int, help="samples per forward on one rank")
-    add("--no-checkpointing", action="store_true", default=None, help="do not compute activations twice")
-    add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
-    add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
-    add("--save-every", type=int, default=500, metavar="N", help="generator updates")
-    add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
-    add("--evaluate", type=int, metavar="N", help="samples of each row of the closing comparison; 0: none")
-    add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and evaluations per phase")
-    return parser
-
-
-def fill(args: argparse.Namespace, row: Preset, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(args, name, 0) is None:
-            setattr(args, name, getattr(row, name))
-
-
-def resolve_model(args: argparse.Namespace) -> Preset:
-    """The preset's row, which fills in absent flags. Raises InputError for a size the model cannot take."""
-    row = PRESETS[args.model]
-    fill(args, row, ("ckpt", "tokenizers", "size"))
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    multiple, largest = sizes(row)
-    if any(side % multiple or not multiple <= side <= (largest or side) for side in args.size):
-        raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple}"
-                         + f" up to {largest}" * (largest is not None))
-    return row
-
-
-def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-
-
-def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
-    """`resolve_model` and the batch of a training run; `adp` takes the row's values for the pre-training.
-    Raises InputError for what cannot be cut evenly."""
-    row, world = resolve_model(args), dist.get_world_size()
-    if adp:
-        row = row._replace(lr_theta=row.adp_lr_theta, lr_tau=row.adp_lr_tau, max_iter=row.adp_max_iter)
-    fill(args, row, tuple(name for name in row._fields if name != "pixel_ckpt"))  # which is SAM's alone
-    args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
-    args.max_iter = args.profile or args.max_iter
-    if args.init and args.lora_rank:
-        raise InputError("--init starts from weights of its own, which no adapter on the teacher's can be: "
-                         "expected --lora-rank 0")
-    if row.family == "unet" and (getattr(args, "lora_rank", 0) or getattr(args, "fake_lora", 0)):
-        raise InputError(f"--model {args.model}: adapters are for the SD3 family; expected --lora-rank 0 "
-                         "and no --fake-lora")
-    at_least_1(args, ("steps", "max_iter", "batch_size", "micro_batch", "ttur", "save_every", "sample_every"))
-    if args.evaluate < 0 or row.procedural and args.evaluate == 1:
-        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + row.procedural}")
-    if args.batch_size % (world * args.micro_batch):
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of {world} processes "
-                         f"x --micro-batch {args.micro_batch}")
-    return row
-
-
-def read_training_prompts(args: argparse.Namespace, row: Preset) -> list[str]:
-    if args.prompts is None:
-        weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)"
-        raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
-                         + weights * (args.ckpt is None))
-    return read_prompts(args.prompts)
-
-
-def run_folder(args: argparse.Namespace, script: str) -> Path:
-    """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
-    runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
-    if args.out is not None:
-        if (args.out / "config.json").exists() and not args.resume:
-            raise InputError(f"{args.out} already holds a run: pass --resume to continue it or another --out")
-    elif args.resume == "newest":
-        runs = [run for run in runs if complete_states(run / "state")]
-        if not runs:
-            raise InputError(f"--resume: no runs/{script}-{args.model}-NNN holds a complete state; "
-                             "pass --out")
-        args.out = runs[-1]
-    elif args.resume:
-        args.out = Path(args.resume).resolve().parent.parent
-        if not (args.out / "config.json").exists():
-            raise InputError(f"--resume {args.resume}: not inside a run folder; "
-                             "pass the folder to continue in as --out")
-    else:
-        args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
-    holder = [args.out]
-    dist.broadcast_object_list(holder)
-    return holder[0]
-
-
-def entry(script: str, parse_args, main) -> None:
-    """Run a script: what the user can mend is one sentence on stderr and exit code 2."""
-    args = parse_args()
-    try:
-        main(args)
-    except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may be waiting in a collective: an orderly exit would wait for them
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> None:
@@ -258,7 +124,8 @@ class Job:
                  device: torch.device):
         self.args, self.row, self.device = args, row, device
         self.out = run_folder(args, script)
-        rank, world, M = dist.get_rank(), dist.get_world_size(), args.micro_batch
+        k = args.sequence_parallel  # as many ranks make one: they share their samples' tokens
+        rank, world, M = dist.get_rank() // k, dist.get_world_size() // k, args.micro_batch
         # Global sample indices of this rank's micro-batches. Draws depend on them, not on the cut.
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
@@ -276,6 +143,8 @@ class Job:
             open_denoiser(args, row)  # a wrong file is refused before the text encoders' long download
             self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
             self.c_null = self.text.unconditional()
+            kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
+            self.scorers = {kind: load_scorer(kind, device=device) for kind in kinds if is_main()}
 
     def random_conditions(self, indices: list[int]) -> Cond:
         """Of the true shapes: --random-weights has no text encoders."""
@@ -327,6 +196,7 @@ class Job:
                 if int(state.name[5:]) > self.global_iter:
                     shutil.rmtree(state)
             truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
+            truncate_jsonl(self.out / "evaluation.jsonl", "gen_iter", self.gen_iter)
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                  text=True).stdout.strip()
             config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git,
@@ -417,14 +287,35 @@ class Job:
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
         return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
-                        2 * self.args.micro_batch, self.row.decode_batch)
+                        2 * self.args.micro_batch, self.row.decode_batch, self.args.sequence_parallel,
+                        self.args.context_parallel)
 
-    def sample_grid(self, G_theta: Denoiser, tn: Tensor) -> None:
-        """samples/XXXXXXXX.png of the generator every --sample-every updates: same prompts, same noise."""
-        if self.text is not None and self.gen_iter % self.args.sample_every == 0:
-            images = self.sample(G_theta, list(self.row.sample_prompts), tn)
+    def look(self, G_theta: Denoiser, tn: Tensor) -> None:
+        """samples/XXXXXXXX.png or .mp4 of the generator every --sample-every updates, and a line of figures
+        in evaluation.jsonl every --evaluate-every: of the same prompts and noise each time."""
+        args, row = self.args, self.row
+        if self.text is not None and self.gen_iter % args.sample_every == 0:
+            images = self.sample(G_theta, list(row.sample_prompts), tn, student_cfg(args, row))
             if is_main():
-                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, columns=4)
+                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=row.fps)
+
+        if self.text is not None and args.evaluate_every and self.gen_iter % args.evaluate_every == 0:
+            prompts = self.known_prompts()
+            images = self.sample(G_theta, prompts, tn, student_cfg(args, row))
+            if is_main():
+                figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers)
+                append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
+                self.bar.write(f"{self.gen_iter}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+                for name, value in figures.items() if self.board else ():
+                    self.board.add_scalar(name, value, self.global_iter)
+            any_rank(False)  # the others wait for the scores on gloo, which is more patient than nccl
+
+    def known_prompts(self) -> list[str]:
+        """--evaluate prompts: those whose answers are known, or the preset's, again and again."""
+        count, few = self.args.evaluate, self.row.sample_prompts
+        if self.row.procedural:
+            return (moving_shapes if self.row.frames else shapes).evaluation_prompts(count)
+        return [few[i % len(few)] for i in range(count)]
 
     def finish(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
         """Export the generator, then compare teacher and student; or print the profile."""
@@ -441,22 +332,27 @@ class Job:
             self.compare(F_phi, G_theta, tn)
 
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
-        """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, and where
-        the data are procedural the exact figures in comparison.json."""
+        """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, of videos
+        compare.mp4 too, and where the data are procedural the exact figures in comparison.json."""
         row, args, N, w = self.row, self.args, len(tn) - 1, self.row.teacher_cfg
-        exact = row.procedural and tuple(args.size) == row.size
-        prompts = shapes.evaluation_prompts(args.evaluate) if exact else [*row.sample_prompts][:args.evaluate]
+        exact = row.procedural and (tuple(args.size), args.frames) == (row.size, row.frames)
+        prompts = self.known_prompts()
         full = teacher_times(row.teacher_steps, row.shift, row.schedule).to(self.device)
         few = generator_times(N, row.shift, row.schedule).to(self.device)
         lines, figures = [], {}
         for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
                                      (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, few, w),
-                                     (f"student, {N} step{'s' * (N > 1)}", G_theta, tn, None)):
+                                     (f"student, {N} step{'s' * (N > 1)}", G_theta, tn,
+                                      student_cfg(args, row))):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
             if exact:
-                figures[label] = shapes.evaluate(images, prompts)
+                figures[label] = quick_scores(images, prompts, ["shapes"], {})
         if is_main():
+            if row.frames:
+                save_grid(self.out / "compare.mp4", torch.cat([clips[:6] for _, clips in lines]),
+                          min(6, len(prompts)), fps=row.fps)
+                lines = [(label, film_strip(clips[:2])) for label, clips in lines]
             save_rows(self.out / "compare.png", lines)
             for label, values in figures.items():
                 print(f"{label:34}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))

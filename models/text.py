@@ -1,4 +1,5 @@
-"""Text encoders of SD3 (CLIP-L, CLIP-G, T5 v1.1) and SDXL (the two CLIPs), and the conditioning made of them.
+"""Text encoders of SD3 (CLIP-L, CLIP-G, T5 v1.1), SDXL (the CLIPs) and CogVideoX (T5), and the conditioning
+made of them.
 
 Each encoder keeps the tensor names of its file, PREFIXES of a single file removed. The networks are
 transformers' but for a CLIP-G in open_clip's names, as SDXL's single file has it: that is OpenClip.
@@ -10,7 +11,10 @@ transformers' but for a CLIP-G in open_clip's names, as SDXL's single file has i
     parts = text_parts("sd_xl_base_1.0.safetensors")
     text = SDXLText(parts, load_tokenizers("stabilityai/stable-diffusion-xl-base-1.0", t5=False))
 
-The unconditional of guidance is `unconditional()`: SD3's encoded empty prompt, SDXL's zeros.
+    parts = {"t5": open_tensors("CogVideoX-2b/text_encoder")}
+    text = CogVideoXText(parts, load_tokenizers("CogVideoX-2b", t5=False))
+
+The unconditional of guidance is `unconditional()`: SD3's encoded empty prompt, SDXL's and CogVideoX's zeros.
 Letters: B prompts, L tokens, D width of the context, P width of the pooled vector, N heads.
 """
 from collections import OrderedDict
@@ -65,7 +69,7 @@ def text_parts(*paths: str | Path) -> dict[str, Tensors]:
                              "conditioner.embedders.0.transformer.* in a file, clip_l.safetensors, "
                              "clip_g.safetensors and t5xxl_fp16.safetensors in a folder, or text_encoder/, "
                              "text_encoder_2/ and text_encoder_3/")
-        parts |= found
+        parts |= {name: t5_tensors(found[name]) if name == "t5" else found[name] for name in found}
     return parts
 
 
@@ -98,7 +102,8 @@ def hub_tensors(folder: Path) -> Tensors:
 
 def load_tokenizers(source: str | Path, t5: bool = True) -> tuple:
     """(CLIP's tokenizer, T5's or None) from tokenizer/ and tokenizer_3/ of a folder or a hub repository.
-    `t5=False` leaves tokenizer_3/ alone, which SDXL's repository lacks; a folder may lack it in any case.
+    `t5=False` leaves tokenizer_3/ alone, which SDXL's and CogVideoX's repositories lack; a folder may lack it
+    in any case. (In CogVideoX's, tokenizer/ is T5's.)
 
     tokenizer_2/ is not used: it has the vocabulary of tokenizer/, but takes every "!" in a prompt for its
     padding token, which the original does not.  # [choice]
@@ -204,6 +209,16 @@ def layers(clip: nn.Module) -> list[nn.Module]:
     if isinstance(clip, OpenClip):
         return list(clip.transformer["resblocks"])
     return list(clip.text_model.encoder.layers)
+
+
+def t5_tensors(tensors: Tensors) -> Tensors:
+    """T5's embedding is stored as `shared`, as `encoder.embed_tokens`, or as both: here as `shared`."""
+    alias, name = "encoder.embed_tokens.weight", "shared.weight"
+    if name in tensors or alias not in tensors:
+        return tensors
+    shapes = {name if key == alias else key: shape for key, shape in tensors.shapes.items()}
+    return Tensors(tensors.path, shapes, lambda key, rows: tensors.read(alias if key == name else key, rows),
+                   tensors.metadata, tensors.prefix)
 
 
 def t5_encoder(tensors: Tensors) -> nn.Module:
@@ -327,6 +342,59 @@ class SD3Text(nn.Module):
         exact = dict(truncation=True, max_length=self.t5_length) if self.t5_length else {}
         rows = t5(prompts, **exact).input_ids
         return l_ids, g_ids, pad_ids(rows, self.t5_length or max(T5_MINIMUM, *map(len, rows)), 0)
+
+
+class CogVideoXText(nn.Module):
+    """Prompts -> Cond of T5's tokens, padded or cut to exactly `length`; there is no pooled vector (B 0).
+
+    `null`: guidance's unconditional, "zeros" as the original was trained with, or "empty", the encoded empty
+    prompt that diffusers uses. Used as SD3Text, its `tokenizers` being (T5's, None). Raises InputError for
+    another architecture or vocabulary."""
+
+    def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None, length: int = 226,
+                 null: str = "zeros", device: torch.device | str = "cpu"):
+        super().__init__()
+        self.tokenizers, self.length, self.null, self.device = tokenizers, length, null, device
+        with torch.device("meta"):
+            self.t5 = t5_encoder(parts["t5"])
+        self.requires_grad_(False).eval()
+        check_vocabulary(tokenizers and tokenizers[0], self.t5, str(parts["t5"].path))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.t5.encoder.block)
+
+    def load(self, parts: dict[str, Tensors], fill: Callable = checkpoint.load) -> "CogVideoXText":
+        """As SD3Text.load."""
+        fill(self.t5, parts["t5"], ignore=EXTRAS["t5"])
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B L) -> context (B L D); no mask: padding attends and is attended to."""
+        return self.t5(inputs_embeds=self.t5.shared(ids)).last_hidden_state
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor) -> Cond:
+        """Ids (B L) -> context (B L D) and pooled (B 0), float32."""
+        context = self(ids.to(self.device)).float()
+        return Cond(context, context.new_zeros(len(ids), 0))
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Prompts -> context (B L D) and pooled (B 0), float32. Raises InputError without tokenizers."""
+        return self.encode_ids(self.tokenize(prompts))
+
+    def unconditional(self) -> Cond:
+        """As a batch of one."""
+        if self.null == "empty":
+            return self.encode([""])
+        context = torch.zeros(1, self.length, self.t5.config.d_model, device=self.device)
+        return Cond(context, context.new_zeros(1, 0))
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Ids (B L), padded with 0; the last of a prompt that is cut is its end token."""
+        if not self.tokenizers:
+            raise InputError("no tokenizers: expected a folder with tokenizer/")
+        rows = self.tokenizers[0](prompts, truncation=True, max_length=self.length).input_ids
+        return pad_ids(rows, self.length, 0)
 
 
 def size_embedding(numbers: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Shared by every test: the repository root on sys.path, golden files, one thread per process."""
+import hashlib
 import json
 import os
+import re
 import sys
+import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -31,6 +35,22 @@ def read_golden(path: Path) -> tuple[dict, dict]:
         except ValueError:
             pass
     return tensors, meta
+
+
+def from_recipe(about: dict) -> dict:
+    """Weights of a golden file that stores only how they were drawn (SDXL.md, "Weight recipe")."""
+    weights, sha256 = {}, hashlib.sha256()
+    for key, shape in sorted(about["recipe_keys"].items()):
+        z = numpy.random.RandomState(zlib.crc32(f"{about['seed']}:{key}".encode())).standard_normal(shape)
+        w, b = next((rule[1:] for rule in about["rules"] if re.search(rule[0], key)), (1.0, 0.05))
+        if len(shape) == 1:
+            z = 1 + 0.2 * z if key.endswith("weight") else b * z
+        elif shape:
+            z = w * z / numpy.sqrt(numpy.prod(shape[1:]))
+        weights[key] = torch.from_numpy(numpy.asarray(z, dtype=numpy.float32))
+        sha256.update(key.encode() + weights[key].numpy().tobytes())
+    assert sha256.hexdigest() == about["weights_sha256"]
+    return weights
 
 
 def manifest(path: Path) -> tuple[dict, dict]:

@@ -20,6 +20,7 @@ import adm
 import adp
 import collect_odes
 import sample
+from models.flags import resolve
 from models import networks, run
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import noise, open_pairs, uniform
@@ -578,7 +579,7 @@ def test_dinov2_is_not_looked_for_in_the_file_of_sam(monkeypatch):
     monkeypatch.setattr(networks, "random_vision", lambda kind, *_: encoder(kind))
     device, mesh = init_distributed()
     args = adp.parse_args([*map(str, RANDOM), "--pixel-encoder", "dinov2"])
-    networks.new_pixel_discriminator(args, run.resolve(args, adp=True), mesh, device)
+    networks.new_pixel_discriminator(args, resolve(args, adp=True), mesh, device)
     assert asked == [("dinov2",)]
 
 

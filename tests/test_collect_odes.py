@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import collect_odes
+from models.flags import entry, resolve_model
 from models import checkpoint, data, networks, run
 from models.checkpoint import InputError
 from models.data import noise, open_pairs, uniform, write_manifest, write_shard
@@ -93,7 +94,7 @@ def test_pairs_are_direct_solves(tmp_path, model):
     collect_odes.main(args)
     shard = load_file(tmp_path / "out" / "pairs_00000000-00000004.safetensors")
     assert json.loads(shard["prompts"].numpy().tobytes()) == [*prompts, *prompts[:2]]
-    row, (device, mesh) = run.resolve_model(args), init_distributed()
+    row, (device, mesh) = resolve_model(args), init_distributed()
     F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
     text, tn = networks.load_text(args, row, mesh, device), teacher_times(3, row.shift, row.schedule)
     for i in range(5):
@@ -339,9 +340,9 @@ def test_verify_exits_2_with_every_damage_named(copy, monkeypatch, capsys):
     truncate(copy / "pairs_00000000-00000007.safetensors")
     flip(copy / "pairs_00000008-00000015.safetensors")
     remove(copy / "pairs_00000024-00000027.safetensors")
-    monkeypatch.setattr(run.os, "_exit", sys.exit)
+    monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as caught:
-        run.entry("collect_odes.py", lambda: collect_odes.parse_args(["--out", str(copy), "--verify"]),
+        entry("collect_odes.py", lambda: collect_odes.parse_args(["--out", str(copy), "--verify"]),
                   collect_odes.main)
     output, errors = capsys.readouterr()
     line = [line for line in errors.splitlines() if line.startswith("collect_odes.py: ")]

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from models.checkpoint import InputError, Tensors, open_tensors
+from models.cogvideox import CogVideoX
 from models.diffusion import Denoiser
 from models.discriminator import (
     Discriminator,
+    Head3d,
     PixelDiscriminator,
     dinov2_encoder,
     load_vision,
@@ -30,6 +32,7 @@ from models.discriminator import (
     shrink_count,
 )
 from models.mmdit import MMDiT, config_from_shapes
+from models.presets import PRESETS
 
 SMALL = dict(depth=3, width=48, heads=3, patch=2, in_channels=4, pos_grid=8, context_dim=20, pooled_dim=10,
              qk_norm=True, attn2=())
@@ -99,6 +102,31 @@ def test_one_logit_per_head_and_sample_that_sees_time_and_prompt():
     assert (logits != other_time).all() and (logits != other_prompt).all()
     # GroupNorm: a sample does not see its batch.
     torch.testing.assert_close(logits[:, :1], alone, atol=1e-5, rtol=0)
+
+
+# ---- video -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, heads", [("2b", 10), ("5b", 14)])
+def test_a_3d_head_on_every_third_block_of_cogvideox(size, heads):
+    row = PRESETS[f"cogvideox-{size}"]
+    with torch.device("meta"):
+        net = CogVideoX(**row.config)
+        taps = net.tap_shapes(13, 16, 60, 90)  # 49 frames of 480 x 720
+        D_tau = Discriminator(Denoiser(net), tuple(taps), list(taps.values()))
+    assert len(D_tau.heads) == heads and tuple(taps)[:3] == (2, 5, 8)  # App. B.2
+    convs = [m for m in D_tau.heads[0].shrink if isinstance(m, nn.Conv3d)]
+    assert convs[0].in_channels == net.width and list(taps.values())[0] == (net.width, 13, 30, 45)
+    assert [(c.kernel_size, c.stride) for c in convs] == 2 * [((3, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2))]
+    norms = [m for m in D_tau.heads[0].shrink if isinstance(m, nn.GroupNorm)]
+    assert len(norms) == len(convs) and all(n.num_groups == 32 for n in norms)
+
+
+def test_a_3d_head_shrinks_pictures_and_keeps_frames():
+    head = Head3d(6, 16, 32)
+    x = torch.randn(2, 6, 3, 16, 20, requires_grad=True)
+    assert head.shrink(x).shape == (2, 32, 3, 4, 5) and head(x).shape == (2,)
+    head(x)[0].backward()
+    assert x.grad[0].abs().amax((0, 2, 3)).min() > 0 and x.grad[1].abs().max() == 0  # every frame; no neighbour
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------

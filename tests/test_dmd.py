@@ -303,7 +303,7 @@ def test_the_diff_to_adm_is_sec_4_1_3():
     own = [line for line in ours if line not in theirs]
     assert own == [
         "from torch.nn.functional import mse_loss",
-        'parser = run.training_parser("dmd", __doc__)',
+        'parser = flags.training_parser("dmd", __doc__)',
         'job = run.Job("dmd", args, row, mesh, device)',
         "psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)",
         "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
@@ -313,7 +313,7 @@ def test_the_diff_to_adm_is_sec_4_1_3():
         "x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)",
         "loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)",
         "log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())",
-        'run.entry("dmd.py", parse_args, main)',
+        'flags.entry("dmd.py", parse_args, main)',
     ]
     rest = iter(theirs)
     assert all(line in rest for line in ours if line not in own)  # the others are in adm.py in the same order
@@ -331,6 +331,6 @@ def test_algorithm_and_equations_are_cited_in_order():
 
 
 def test_every_flag_is_used():
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("run.py", "networks.py"))
+    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("flags.py", "run.py", "networks.py"))
     for name in vars(dmd.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in SD3._fields, name

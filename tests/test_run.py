@@ -17,6 +17,7 @@ from PIL import Image
 
 import adm
 import sample
+from models.flags import resolve, run_folder
 from models import run
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import uniform
@@ -70,7 +71,7 @@ def copy(finished, tmp_path):
 
 def folder(*flags):
     init_distributed()
-    return run.run_folder(adm.parse_args(list(map(str, flags))), "adm")
+    return run_folder(adm.parse_args(list(map(str, flags))), "adm")
 
 
 def test_run_folders_are_numbered(tmp_path, monkeypatch):
@@ -381,7 +382,7 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "save_state", lambda *args: None)
     _, mesh = init_distributed()
     args = adm.parse_args(["--random-weights", "--out", str(tmp_path / "run"), "--max-iter", "250"])
-    job = run.Job("adm", args, run.resolve(args), mesh, torch.device("cpu"))
+    job = run.Job("adm", args, resolve(args), mesh, torch.device("cpu"))
     job.start()
     for i in range(1, 251):
         log = job.begin(i)

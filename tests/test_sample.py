@@ -106,7 +106,7 @@ def settings(monkeypatch, tmp_path, *flags):
     """The times and the guidance that sample.py chooses."""
     seen = []
 
-    def generate(F, text, vae, prompts, tn, latent_shape, seed, cfg, batch, decode_batch):
+    def generate(F, text, vae, prompts, tn, latent_shape, seed, cfg, batch, decode_batch, *parallel):
         seen.extend([tn, cfg])
         return torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)
     with monkeypatch.context() as patch:

@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import golden, read_golden
-from test_vae import from_recipe
+from conftest import from_recipe, golden, read_golden
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint

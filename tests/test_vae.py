@@ -1,11 +1,9 @@
 import json
 import re
-import zlib
 
-import numpy
 import pytest
 import torch
-from conftest import GOLDEN, golden, read_golden
+from conftest import GOLDEN, from_recipe, golden, read_golden
 
 from models.checkpoint import InputError
 from models.vae import AutoencoderKL, config_from_shapes
@@ -23,20 +21,6 @@ def build(weights: dict, groups: int, shift: float, scale: float) -> Autoencoder
     vae = AutoencoderKL(**config, shift=shift, scale=scale, groups=groups)
     vae.load_state_dict(weights)
     return vae.eval()
-
-
-def from_recipe(about: dict) -> dict:
-    """Weights of a golden file that stores only how they were drawn (SDXL.md, "Weight recipe")."""
-    weights = {}
-    for key, shape in about["recipe_keys"].items():
-        z = numpy.random.RandomState(zlib.crc32(f"{about['seed']}:{key}".encode())).standard_normal(shape)
-        w, b = next((rule[1:] for rule in about["rules"] if re.search(rule[0], key)), (1.0, 0.05))
-        if len(shape) == 1:
-            z = 1 + 0.2 * z if key.endswith("weight") else b * z
-        else:
-            z = w * z / numpy.sqrt(numpy.prod(shape[1:]))
-        weights[key] = torch.from_numpy(z.astype(numpy.float32))
-    return weights
 
 
 def record(vae: AutoencoderKL) -> dict:

@@ -1,0 +1,357 @@
+"""CogVideoX-2b and -5b, the text-to-video denoiser (Yang et al. 2024, "CogVideoX: Text-to-Video Diffusion
+Models with An Expert Transformer").
+
+Attribute names are the tensor names of the published `transformer/` files, so that loading needs no key map;
+`from_sat` presents the original release (SAT) under these names. 2b adds fixed sinusoids of a token's place,
+5b turns queries and keys by it (rotary); else they differ in size alone. The position tables are computed and
+never stored. The network stands alone, on torch and einops; `from_sat` is about checkpoint files.
+
+Shapes: B batch, T latent frames, C latent channels, H W latent size, h w = H/patch W/patch, S text tokens,
+V = T h w video tokens (frame by frame, row by row), L = S + V, D width, N heads, E of the time embedding.
+"""
+import math
+import re
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+
+from models.checkpoint import Tensors
+
+# ---- positions ---------------------------------------------------------------------------------------------
+
+def timestep_embedding(index: Tensor, width: int) -> Tensor:
+    """Sinusoids of a DDPM index (B,), cosines first: (B width) float32."""
+    k = torch.arange(width // 2, device=index.device, dtype=torch.float32)
+    angles = index[:, None].float() * torch.exp(-math.log(10000) * k / (width // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@lru_cache(maxsize=4)
+def sincos_table(T: int, h: int, w: int, width: int, interpolation: float, dtype: torch.dtype,
+                 device: torch.device | str = "cpu") -> Tensor:
+    """Fixed sinusoids of the video tokens (V width): a quarter of the features for the frame, three eighths
+    for the column, then as many for the row, sines first in each. Columns and rows are divided by
+    `interpolation` at every size, as diffusers does; the original is right at 30 x 45 alone."""
+    def axis(count: int, features: int, scale: float) -> Tensor:
+        rates = 10000 ** (-torch.arange(features // 2, dtype=torch.float64, device="cpu") / (features // 2))
+        places = torch.arange(count, dtype=torch.float32, device="cpu") / scale  # rounded as the original's
+        angles = places[:, None].double() * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).to(device, dtype)
+    frame, part = axis(T, width // 4, 1), 3 * width // 8
+    column, row = axis(w, part, interpolation), axis(h, part, interpolation)
+    axes = frame[:, None, None], column[None, None], row[None, :, None]
+    return torch.cat([a.expand(T, h, w, -1) for a in axes], dim=-1).flatten(0, 2)
+
+
+def fitted_grid(h: int, w: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column coordinates of h x w patches: the patches' grid is fitted into `grid`, that of the
+    training, keeping its aspect, and centred. diffusers' rule; plain indices when the two are equal."""
+    H, W = grid
+    fit_h, fit_w = (H, round(H * w / h)) if h / w > H / W else (round(W * h / w), W)
+    axes = []
+    for count, fit, whole in ((h, fit_h, H), (w, fit_w, W)):
+        start = round((whole - fit) / 2)
+        axes.append(torch.linspace(start, (start + fit) * (count - 1) / count, count, device="cpu"))
+    return axes[0], axes[1]
+
+
+@lru_cache(maxsize=4)
+def rotary_table(S: int, T: int, h: int, w: int, head_dim: int, grid: tuple[int, int],
+                 device: torch.device | str = "cpu") -> Tensor:
+    """Unit complex numbers that turn the pairs of a head's features, (L head_dim/2): a quarter for the frame,
+    three eighths for the row, then as many for the column. Text is not turned: its rows are 1."""
+    def axis(places: Tensor, features: int) -> Tensor:
+        return places[:, None] * (1 / 10000 ** (torch.arange(0, features, 2, device="cpu") / features))
+    rows, columns = fitted_grid(h, w, grid)
+    frame = axis(torch.arange(T, dtype=torch.float32, device="cpu"), head_dim // 4)[:, None, None]
+    row, column = axis(rows, 3 * head_dim // 8)[None, :, None], axis(columns, 3 * head_dim // 8)[None, None]
+    angles = torch.cat([a.expand(T, h, w, -1) for a in (frame, row, column)], dim=-1).flatten(0, 2)
+    angles = torch.cat([torch.zeros(S, head_dim // 2, device="cpu"), angles])
+    return torch.complex(angles.cos(), angles.sin()).to(device)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """x (B L N D/N), its adjacent pairs of features turned, in float32, by `rotary` (1 L 1 D/2N)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+# ---- network -----------------------------------------------------------------------------------------------
+
+def attend(q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
+    """Full attention over (B N L D/N), no mask. One of three seams for sequence parallelism (`block.attend`,
+    `net.cut`, `net.join`): on a rank that holds part of the tokens, `total` is still L."""
+    return scaled_dot_product_attention(q, k, v)
+
+
+def whole(x: Tensor, first: int, total: int) -> Tensor:
+    """`net.cut` and `net.join` on one rank. x (B n ...) are the tokens from `first` on of a joint sequence of
+    `total`; `cut` keeps those of this rank, `join` puts them together again."""
+    return x
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch: int, channels: int, width: int, text_dim: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.text_proj = nn.Linear(text_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The convolution of disjoint patches is a Linear, whose result is tokens already.
+        x = rearrange(x, "B T C (h p) (w q) -> B (T h w) (C p q)", p=self.patch, q=self.patch)
+        return linear(x, self.proj.weight.flatten(1), self.proj.bias)  # B V D
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int, time_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(silu(self.linear_1(x)))  # B E
+
+
+class ExpertNorm(nn.Module):
+    """LayerNorm and modulation. The modulations are all that text and video have apart in a block."""
+
+    def __init__(self, width: int, time_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(time_dim, 6 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, text: Tensor, video: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The modulated tokens (B L D), text first, and the gates (B 1 D) of text and of video."""
+        m = self.linear(c)[:, None].chunk(6, dim=-1)  # shift, scale, gate of video, then of text
+        x = torch.cat([torch.addcmul(m[3], self.norm(text), 1 + m[4]),
+                       torch.addcmul(m[0], self.norm(video), 1 + m[1])], dim=1)
+        return x, m[5], m[2]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def project(self, x: Tensor, rotary: Tensor | None) -> list[Tensor]:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)  # B L N D/N
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return [y.transpose(1, 2) for y in (q, k, v)]
+
+    def out(self, heads: Tensor) -> Tensor:
+        return self.to_out[0](rearrange(heads, "B N L D -> B L (N D)"))
+
+
+class GELU(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """One FSDP and checkpointing unit: text and video tokens share all weights but the modulations."""
+
+    def __init__(self, width: int, heads: int, time_dim: int):
+        super().__init__()
+        self.norm1 = ExpertNorm(width, time_dim)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = ExpertNorm(width, time_dim)
+        self.ff = FeedForward(width)
+        self.attend = attend
+
+    def forward(self, video: Tensor, text: Tensor, c: Tensor, rotary: Tensor | None,
+                total: int) -> tuple[Tensor, Tensor]:
+        sizes = [text.shape[1], video.shape[1]]  # either can be 0 on a rank of sequence parallelism
+        x, gate_text, gate_video = self.norm1(text, video, c)
+        x = self.attn1.out(self.attend(*self.attn1.project(x, rotary), total))
+        x_text, x_video = x.split(sizes, dim=1)
+        text, video = torch.addcmul(text, gate_text, x_text), torch.addcmul(video, gate_video, x_video)
+        x, gate_text, gate_video = self.norm2(text, video, c)
+        x_text, x_video = self.ff(x).split(sizes, dim=1)
+        return torch.addcmul(video, gate_video, x_video), torch.addcmul(text, gate_text, x_text)
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, width: int, time_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(time_dim, 2 * width)
+        # The eps of the published layout's implementation, diffusers; the original has 1e-6 here.  # [choice]
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.linear(c)[:, None].chunk(2, dim=-1)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class CogVideoX(nn.Module):
+    """Network of v = alpha * eps - sigma * x_0. Build it with `CogVideoX(**config_from_shapes(shapes))`.
+
+    `rotary`: rotary embedding as in 5b, else sinusoids as in 2b; None decides by the width, which is all that
+    tells the two files apart. `grid`: rows and columns of patches in training (480 x 720 pixels);
+    `interpolation`: divisor of the sinusoids' rows and columns.
+    """
+
+    def __init__(self, depth: int, heads: int, head_dim: int, in_channels: int, text_dim: int, time_dim: int,
+                 patch: int = 2, rotary: bool | None = None, grid: tuple[int, int] = (30, 45),
+                 interpolation: float = 1.875):
+        super().__init__()
+        width = heads * head_dim
+        self.depth, self.heads, self.head_dim, self.width = depth, heads, head_dim, width
+        self.patch, self.grid, self.interpolation = patch, tuple(grid), interpolation
+        self.rotary = width == 3072 if rotary is None else rotary
+        self.cut = self.join = whole
+        self.patch_embed = PatchEmbed(patch, in_channels, width, text_dim)
+        self.time_embedding = TimeEmbedding(width, time_dim)
+        self.transformer_blocks = nn.ModuleList(Block(width, heads, time_dim) for _ in range(depth))
+        self.norm_final = nn.LayerNorm(width, eps=1e-5)
+        self.norm_out = FinalNorm(width, time_dim)
+        self.proj_out = nn.Linear(width, patch * patch * in_channels)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer_blocks)
+
+    def tap_shapes(self, T: int, C: int, H: int, W: int) -> dict[int, tuple[int, int, int, int]]:
+        """The discriminator's taps, every third block (App. B.2), and their maps' (D, T, h, w) for latents
+        (T C H W)."""
+        return {i: (self.width, T, H // self.patch, W // self.patch) for i in range(2, self.depth, 3)}
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: tuple[Tensor, Tensor | None], taps: tuple[int, ...] = (),
+                lora: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
+        """v (B T C H W) at x_t (B T C H W), t (B,) in [0, 1] and cond = (context (B S D_text), unused).
+
+        With `taps`, the video maps (B D T h w) leaving these blocks instead; nothing after the last one is
+        run. Raises ValueError for a latent size that is no multiple of the patch, and for `lora`, since there
+        are no adapters for this network.
+        """
+        context, dtype = cond[0], self.proj_out.weight.dtype
+        T, (H, W) = x_t.shape[1], x_t.shape[-2:]
+        if H % self.patch or W % self.patch:
+            raise ValueError(f"latent {H} x {W} is no multiple of the patch size {self.patch}")
+        if lora:
+            raise ValueError(f"adapter {lora[0]}: CogVideoX is trained without adapters")
+        # t = i/1000 is the DDPM index i - 1; t = 0, which no DDPM trains on, gets the smallest.
+        index = ((1000 * t.float()).round() - 1).clamp_min(0)
+        c = silu(self.time_embedding(timestep_embedding(index, self.width).to(dtype)))  # B E
+        text = self.patch_embed.text_proj(context.to(dtype))  # B S D
+        video = self.patch_embed(x_t.to(dtype))  # B V D
+        S, h, w, rotary = text.shape[1], H // self.patch, W // self.patch, None
+        total = S + video.shape[1]
+        if self.rotary:
+            rotary = rotary_table(S, T, h, w, self.head_dim, self.grid, x_t.device)[None, :, None]
+            rotary = self.cut(rotary, 0, total)
+        else:
+            video = video + sincos_table(T, h, w, self.width, self.interpolation, dtype, x_t.device)
+        text, video = self.cut(text, 0, total), self.cut(video, S, total)
+
+        maps, depth = [], max(taps) + 1 if taps else self.depth
+        for i, block in enumerate(self.transformer_blocks[:depth]):
+            video, text = block(video, text, c, rotary, total)
+            if i in taps:
+                maps.append(rearrange(self.join(video, S, total), "B (T h w) D -> B D T h w", h=h, w=w))
+        if taps:
+            return maps
+        x = self.join(self.proj_out(self.norm_out(self.norm_final(video), c)), S, total)
+        return rearrange(x, "B (T h w) (C p q) -> B T C (h p) (w q)", h=h, w=w, p=self.patch, q=self.patch)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Arguments of CogVideoX, but rotary, grid and interpolation, from the shapes of a checkpoint's tensors
+    (published names)."""
+    width, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
+    head_dim, = shapes["transformer_blocks.0.attn1.norm_q.weight"]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}
+    return dict(
+        depth=len(blocks), heads=width // head_dim, head_dim=head_dim, in_channels=in_channels, patch=patch,
+        text_dim=shapes["patch_embed.text_proj.weight"][1],
+        time_dim=shapes["time_embedding.linear_1.weight"][0],
+    )
+
+
+SAT_PREFIX = "model.diffusion_model."
+# Name in SAT ("#": a block's number; weight and bias alike), published name, and for fused rows how many
+# equal chunks they are and which of these it has. `query_key_value`: all queries, all keys, all values.
+# The modulations: shift, scale, gate of video for attention and for the MLP, then the same of text.
+SAT_RULES = [
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("mixins.patch_embed.proj", "patch_embed.proj"),
+    ("mixins.patch_embed.text_proj", "patch_embed.text_proj"),
+    ("transformer.layers.#.input_layernorm", "transformer_blocks.#.norm1.norm"),
+    ("transformer.layers.#.post_attention_layernorm", "transformer_blocks.#.norm2.norm"),
+    ("transformer.layers.#.attention.dense", "transformer_blocks.#.attn1.to_out.0"),
+    ("transformer.layers.#.mlp.dense_h_to_4h", "transformer_blocks.#.ff.net.0.proj"),
+    ("transformer.layers.#.mlp.dense_4h_to_h", "transformer_blocks.#.ff.net.2"),
+    ("mixins.adaln_layer.query_layernorm_list.#", "transformer_blocks.#.attn1.norm_q"),
+    ("mixins.adaln_layer.key_layernorm_list.#", "transformer_blocks.#.attn1.norm_k"),
+    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_q", 3, (0, 1)),
+    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_k", 3, (1, 2)),
+    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_v", 3, (2, 3)),
+    ("mixins.adaln_layer.adaLN_modulations.#.1", "transformer_blocks.#.norm1.linear", 12, (0, 3), (6, 9)),
+    ("mixins.adaln_layer.adaLN_modulations.#.1", "transformer_blocks.#.norm2.linear", 12, (3, 6), (9, 12)),
+    ("transformer.final_layernorm", "norm_final"),
+    ("mixins.final_layer.norm_final", "norm_out.norm"),
+    ("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
+    ("mixins.final_layer.linear", "proj_out"),
+]
+# Fixed tables, and modules that no forward uses: some files carry them, in either layout.
+UNUSED = ("mixins.pos_embed.pos_embedding", "mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos",
+          "transformer.position_embeddings.weight", "transformer.word_embeddings.weight",
+          "patch_embed.pos_embedding")
+
+
+def from_sat(tensors: Tensors) -> Tensors:
+    """The denoiser's tensors under the published names, from either layout; rows of a tensor are read alone.
+    UNUSED is left out. Whatever else has no published name keeps its own, for strict loading to refuse."""
+    if any(name.startswith(SAT_PREFIX) for name in tensors):
+        tensors = tensors.group(SAT_PREFIX)
+    shapes, places = {}, {}  # of published names; a place is a SAT name and the ranges of its rows
+    for name, shape in tensors.shapes.items():
+        module, _, kind = name.rpartition(".")
+        patterns = module, re.sub(r"\.\d+", ".#", module, count=1)
+        number = "".join(re.findall(r"\.(\d+)", module)[:1])
+        rules = [rule for rule in SAT_RULES if rule[0] in patterns]
+        for _, published, *fused in rules:
+            count, *ranges = fused or (1, (0, 1))
+            chunk = shape[0] // count
+            target = f"{published.replace('#', number)}.{kind}"
+            places[target] = name, [(a * chunk, b * chunk) for a, b in ranges]
+            shapes[target] = (sum(b - a for a, b in ranges) * chunk, *shape[1:])
+        if not rules and name not in UNUSED:
+            shapes[name] = shape
+
+    def read(name: str, rows: slice | None) -> Tensor:
+        if name not in places:
+            return tensors.read(name, rows)
+        source, ranges = places[name]
+        first, last, _ = (rows or slice(None)).indices(shapes[name][0])
+        parts = []
+        for start, stop in ranges:  # [first, last) counts on from one range to the next
+            low, high = (min(start + max(row, 0), stop) for row in (first, last))
+            parts.append(tensors.rows(source, low, high))
+            first, last = first - (stop - start), last - (stop - start)
+        return torch.cat(parts)
+
+    return Tensors(tensors.path, shapes, read, tensors.metadata)

@@ -1,0 +1,271 @@
+"""Around the metrics of evaluate.py: pictures and videos with their prompts, scores kept item by item, the
+papers' own figures, tables. And `quick_scores`, the figures of samples still in memory.
+"""
+import json
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from models import moving_shapes, shapes
+from models.checkpoint import InputError, replacing, some
+from models.data import append_jsonl, lines_of, picture
+
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".mp4",)
+# The papers' own rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
+PAPER = {
+    "sdxl": {
+        "SDXL-Base, 50 NFE": dict(clip=35.0309, pickscore=22.2494, hpsv2=27.3743, mps=10.7042, lpips=0.6936),
+        "DMD2, 1 step": dict(clip=35.2153, pickscore=22.0978, hpsv2=27.4523, mps=10.6947, lpips=0.6715),
+        "DMDX, 1 step": dict(clip=35.2557, pickscore=22.2736, hpsv2=27.7046, mps=11.1978, lpips=0.7156)},
+    "sd3-medium": {
+        "SD3-Medium, 50 NFE": dict(clip=34.7633, pickscore=22.2961, hpsv2=27.9733, mps=11.3652),
+        "ADM, 4 steps": dict(clip=34.9076, pickscore=22.5471, hpsv2=28.4492, mps=11.9543)},
+    "sd3.5-large": {
+        "SD3.5-Large, 50 NFE": dict(clip=34.9668, pickscore=22.5087, hpsv2=27.9688, mps=11.5826),
+        "ADM, 4 steps": dict(clip=34.9730, pickscore=22.8842, hpsv2=27.7331, mps=12.2350)},
+    "cogvideox-2b": {
+        "CogVideoX-2b": dict(final=80.036, quality=80.801, semantic=76.974),
+        "ADM, 8 steps": dict(final=78.584, quality=80.825, semantic=69.621),
+        "ADM, 8 steps, longer": dict(final=80.764, quality=83.031, semantic=71.693),
+        "ADM with CFG, 8 steps": dict(final=79.865, quality=80.938, semantic=75.569),
+        "ADM with CFG, 8 steps, longer": dict(final=81.796, quality=83.008, semantic=76.947)},
+    "cogvideox-5b": {
+        "CogVideoX-5b": dict(final=81.226, quality=81.785, semantic=78.987),
+        "ADM, 8 steps": dict(final=82.067, quality=83.227, semantic=77.423),
+        "ADM with CFG, 8 steps": dict(final=80.982, quality=82.165, semantic=76.251)},
+    "animatediff": {
+        "AVDM2, 2D SDM": {"fvd": 1271.45, "clip-video": 32.01},
+        "AVDM2, video SDM": {"fvd": 1273.13, "clip-video": 30.56}},
+}
+# Column -> title, decimals.
+COLUMNS = {
+    "clip": ("CLIP score", 4), "pickscore": ("PickScore", 4), "hpsv2": ("HPSv2", 4), "mps": ("MPS", 4),
+    "lpips": ("LPIPS diversity", 4), "fvd": ("FVD", 2), "clip-video": ("CLIP score of frames", 2),
+    "final": ("VBench final", 3), "quality": ("quality", 3), "semantic": ("semantic", 3),
+    "accuracy": ("accuracy", 3), "direction": ("direction", 3), "total_variation": ("total variation", 3),
+    "consistency": ("consistency", 3), "frechet": ("Frechet", 3),
+}
+
+
+# ---- pictures and videos -----------------------------------------------------------------------------------
+
+class Item(NamedTuple):
+    path: Path
+    prompt: str | None
+    model: str | None  # the preset that made it, where the file says so
+
+
+def in_order(path: Path) -> list:
+    """Sort key: numbers in a name by their value, as 1000.png comes after 999.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def read_text(path: Path) -> dict[str, str]:
+    """What `save_png` or `save_mp4` has noted in a file. Raises InputError for damaged files."""
+    try:
+        if path.suffix.lower() in VIDEOS:
+            with av.open(path) as file:
+                note = file.metadata.get("comment", "")
+            text = json.loads(note) if note.startswith("{") else {}
+        else:
+            with Image.open(path) as image:
+                text = image.info
+    except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a picture or video, or damaged ({error})") from error
+    return {key: value for key, value in text.items() if isinstance(value, str)}
+
+
+def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) -> list[Item]:
+    """The pictures and videos in a folder, in the order of their names, without sample.py's grid. A prompt is
+    what the file notes, else `prompts` in turn, else what a video is named after in VBench's way. Files that
+    cannot be opened go into `broken` with the reason. Raises InputError when there are none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of pictures or videos; `python sample.py --out {folder}` "
+                         "makes it")
+    files = sorted((path for path in folder.iterdir()
+                    if path.suffix.lower() in PICTURES + VIDEOS and path.stem != "grid"), key=in_order)
+    if not files:
+        raise InputError(f"{folder}: no pictures or videos in this folder; expected "
+                         f"{', '.join(PICTURES + VIDEOS)}")
+    items = []
+    for i, path in enumerate(files):
+        try:
+            text = read_text(path)
+        except InputError as error:
+            broken[str(path)] = str(error)
+            continue
+        named = re.fullmatch(r"(.+)-\d+", path.stem) if path.suffix.lower() in VIDEOS else None
+        prompt = prompts[i % len(prompts)] if prompts else named[1] if named else None
+        if "workflow" not in text:  # ComfyUI, whose "prompt" is its graph
+            prompt = text.get("prompt", prompt)
+        items.append(Item(path, prompt, text.get("model")))
+    return items
+
+
+def of_kind(folder: Path, items: list[Item], suffixes: tuple[str, ...], prompted: bool = True) -> list[Item]:
+    """The pictures or the videos among the items. Raises InputError when there are none, or no prompts."""
+    found = [item for item in items if item.path.suffix.lower() in suffixes]
+    if not found:
+        raise InputError(f"{folder}: none of {', '.join(suffixes)} in this folder that can be read")
+    bare = [item.path.name for item in found if item.prompt is None]
+    if prompted and bare:
+        raise InputError(f"{folder}: {len(bare)} of {len(found)} files note no prompt ({some(bare)}); "
+                         "--prompts FILE gives prompts in the order of the files' names")
+    return found
+
+
+def by_prompt(items: list[Item]) -> list[list[Item]]:
+    groups = {}
+    for item in items:
+        groups.setdefault(item.prompt, []).append(item)
+    return list(groups.values())
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Raises InputError for damaged files."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a picture, or damaged ({error})") from error
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """uint8 (3 H W)."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+# ---- scores, kept ------------------------------------------------------------------------------------------
+
+def kept_scores(log: Path) -> dict[str, float | list[float]]:
+    """What scores.jsonl holds: the row without its score -> score. Half a line, which a killed run left at
+    the end, is cut off."""
+    if not log.exists():
+        return {}
+    data = log.read_bytes()
+    if not data.endswith(b"\n"):
+        with replacing(log) as temporary:
+            temporary.write_bytes(data[:data.rfind(b"\n") + 1])
+    kept = {}
+    for number, line in lines_of(log):
+        try:
+            row = json.loads(line)
+            score = row.pop("score")
+            kept[json.dumps(row, sort_keys=True)] = score
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{log}: line {number}: expected a record with a score") from error
+    return kept
+
+
+def score_items(log: Path, head: dict[str, str], groups: list[list[Item]], read: Callable[[Path], object],
+                compute: Callable[[list[list], list[str | None]], list], batch: int,
+                broken: dict[str, str]) -> list:
+    """Scores of groups of items (a picture, a video, one prompt's pictures), None where there is none.
+
+    `compute` takes what `read` gives of `batch` groups, and their prompts. Each score is one line of `log`,
+    with `head` (metric, variant, weights) and the files' names, sizes and dates: what is there is not
+    computed again. What cannot be read or scored goes into `broken`."""
+    kept = kept_scores(log)
+    rows = [head | dict(prompt=group[0].prompt, files=[str(item.path.resolve()) for item in group],
+                        sizes=[item.path.stat().st_size for item in group],
+                        dates=[item.path.stat().st_mtime_ns for item in group]) for group in groups]
+    keys = [json.dumps(row, sort_keys=True) for row in rows]
+    todo = [i for i, key in enumerate(keys) if key not in kept]
+
+    def attempt(item: Item):
+        try:
+            return read(item.path)
+        except InputError as error:
+            broken[str(item.path)] = str(error)
+
+    def scores(part: list[int], loaded: list[list]) -> list:
+        try:
+            return compute(loaded, [groups[i][0].prompt for i in part])
+        except InputError as error:
+            if len(part) == 1:
+                broken[str(groups[part[0]][0].path)] = f"{groups[part[0]][0].path}: {error}"
+                return [None]
+            return [score for i, one in zip(part, loaded) for score in scores([i], [one])]
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(groups), initial=len(groups) - len(todo), unit="item",
+                                            desc=head["metric"], dynamic_ncols=True) as bar:
+        for start in range(0, len(todo), batch):
+            part = todo[start:start + batch]
+            data = pool.map(attempt, [item for i in part for item in groups[i]])
+            loaded = {i: [one for _ in groups[i] if (one := next(data)) is not None] for i in part}
+            able = [i for i in part if loaded[i]]
+            for i, value in zip(able, scores(able, [loaded[i] for i in able]) if able else ()):
+                path = groups[i][0].path
+                if value is None:
+                    continue
+                if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+                    broken[str(path)] = f"{path}: {head['metric']} is not finite"
+                    continue
+                kept[keys[i]] = value
+                if len(loaded[i]) == len(groups[i]):  # else the next run tells again what is broken
+                    append_jsonl(log, rows[i] | dict(score=value))
+            bar.update(len(part))
+    return [kept.get(key) for key in keys]
+
+
+def mean(scores: list[float | None]) -> float:
+    """Raises InputError when not one item could be scored."""
+    there = [score for score in scores if score is not None]
+    if not there:
+        raise InputError("not one of the files could be scored")
+    return math.fsum(there) / len(there)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+def paper_rows(models: set[str | None], columns: list[str]) -> dict[str, dict[str, float]]:
+    """The papers' rows of these models, or else of the first model that has one of the columns."""
+    shared = {model: {row: {column: value for column, value in figures.items() if column in columns}
+                      for row, figures in rows.items()} for model, rows in PAPER.items()}
+    able = [model for model, rows in shared.items() if any(rows.values())]
+    return {f"{row} (paper)": figures for model in [model for model in able if model in models] or able[:1]
+            for row, figures in shared[model].items() if figures}
+
+
+def table(rows: dict[str, dict[str, float]], variants: dict[str, str]) -> str:
+    """A markdown table that also reads well as text; `variants`: column -> what stands in its head."""
+    columns = [column for column in COLUMNS if any(column in figures for figures in rows.values())]
+    cells = [["", *(COLUMNS[column][0] + (f" ({variants[column]})" if variants.get(column) else "")
+                    for column in columns)]]
+    for name, figures in rows.items():
+        cells.append([name, *(f"{figures[column]:.{COLUMNS[column][1]}f}" if column in figures else "-"
+                              for column in columns)])
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+                     for row in cells) + "\n"
+
+
+# ---- in memory ---------------------------------------------------------------------------------------------
+
+def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers: dict[str, Callable],
+                 batch: int = 16) -> dict[str, float]:
+    """Figures of images (B 3 H W) or videos (B F 3 H W), uint8: of "shapes" the exact evaluator's, of other
+    metrics the mean of `scorers[metric]` (models/scores.py) over the images or over all frames."""
+    figures = {}
+    for metric in metrics:
+        if metric == "shapes":
+            figures |= (moving_shapes if images.ndim == 5 else shapes).evaluate(images, prompts)
+            continue
+        frames = images.flatten(0, -4)
+        repeated = [prompt for prompt in prompts for _ in range(len(frames) // len(prompts))]
+        parts = [scorers[metric]([picture(frame) for frame in frames[i:i + batch]], repeated[i:i + batch])
+                 for i in range(0, len(frames), batch)]
+        figures[metric] = mean([score for part in parts for score in part.tolist()])
+    return figures

@@ -1,0 +1,115 @@
+"""The prompt sets that the papers evaluate on, from the files they were published as, or any prompt file.
+
+    prompts = prompt_set("coco10k")                # from the hub
+    prompts = prompt_set("PartiPrompts.tsv")       # a file
+"""
+import csv
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from models import moving_shapes, shapes
+from models.checkpoint import InputError, why
+from models.data import lines_of, read_prompts
+
+COCO = "coco10k/all_prompts.pkl"  # within the archive, beside the 10,000 pictures
+# Name -> what it is for, where its file is.
+SETS = {
+    "coco10k": "Tables 1, 2, 4: 10,000 captions of COCO 2014's validation set, as DMD2 drew them",
+    "parti": "Table 6: Google's 1,632 PartiPrompts",
+    "vbench": "Tables 3, 8, 9: VBench's 946 prompts; VBench_full_info.json, or all_dimension.txt",
+    "webvid": "AVDM2: the captions of WebVid-10M's validation set; results_10M_val.csv",
+    "shapes": "the 512 prompts of the tiny image models' exact evaluation",
+    "moving-shapes": "the 256 prompts of the tiny video model's exact evaluation",
+}
+SOURCES = {
+    "vbench": "https://github.com/Vchitect/VBench/blob/master/vbench/VBench_full_info.json",
+    "webvid": "http://www.robots.ox.ac.uk/~maxbain/webvid/results_10M_val.csv",
+}
+
+
+def prompt_set(source: str | Path) -> list[str]:
+    """The prompts, in the published order, of a name in SETS or of a file: DMD2's .zip or .pkl, VBench's
+    .json, WebVid's .csv, or one of those of `models.data.read_prompts`. Raises InputError."""
+    name = str(source)
+    if name == "shapes":
+        return shapes.evaluation_prompts(512)
+    if name == "moving-shapes":
+        return moving_shapes.evaluation_prompts(256)
+    if name == "coco10k":
+        return prompt_set(on_hub("tianweiy/DMD2", "data/coco/coco10k.zip"))
+    if name == "parti":
+        return prompt_set(on_hub("nateraw/parti-prompts", "PartiPrompts.tsv", "dataset"))
+    if name in SOURCES:
+        raise InputError(f"{name}: expected its file ({SOURCES[name]}) in place of the name")
+    path = Path(source)
+    if not path.exists() and not path.suffix:
+        raise InputError(f"{name}: neither a file nor a prompt set; the sets are {', '.join(SETS)}")
+    readers = {".zip": coco_archive, ".pkl": coco_pickle, ".json": vbench_prompts}
+    if path.suffix in readers:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected prompts")
+        prompts = readers[path.suffix](path)
+    elif path.suffix == ".csv" and path.is_file() and (rows := webvid(path)):
+        prompts = [caption for _, caption in rows]
+    else:
+        prompts = read_prompts(path)
+    return prompts
+
+
+def on_hub(repo: str, file: str, kind: str = "model") -> Path:
+    """A file of a repository, or of a "dataset", on the hub. Raises InputError."""
+    from huggingface_hub import constants, hf_hub_download  # slow to import, seldom needed
+    try:
+        return Path(hf_hub_download(repo, file, repo_type=kind))
+    except Exception as error:  # of many kinds, which differ between versions of huggingface_hub
+        url = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo}"
+        raise InputError(f"{file} of {repo}: {why(error, url)}; --prompts FILE takes a local copy") from error
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Lists, texts and numbers need no names from modules; whatever else a pickle asks for could run code."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+
+def coco_list(file: BinaryIO, path: Path) -> list[str]:
+    try:
+        prompts = PlainUnpickler(file).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{path}: refused or damaged ({error}); expected a pickled list of texts") from error
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{path}: expected a pickled list of texts, found {str(prompts)[:40]}")
+    return prompts
+
+
+def coco_pickle(path: Path) -> list[str]:
+    return coco_list(io.BytesIO(path.read_bytes()), path)
+
+
+def coco_archive(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return coco_list(io.BytesIO(archive.read(COCO)), path)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise InputError(f"{path}: expected a zip archive with {COCO} ({error})") from error
+
+
+def vbench_prompts(path: Path) -> list[str]:
+    """VBench's list of {prompt_en, dimension, ...}, unchanged, because the videos are named after them."""
+    try:
+        return [entry["prompt_en"] for entry in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f'{path}: expected VBench_full_info.json, [{{"prompt_en": text, ...}}]') from error
+
+
+def webvid(path: Path) -> list[tuple[str, str]]:
+    """(file in the download, caption) of each row of WebVid's table; empty when the file is another table."""
+    rows = csv.DictReader(line + "\n" for _, line in lines_of(path))
+    if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
+        return []
+    return [(f"{row['page_dir']}/{row['videoid']}.mp4", row["name"].strip()) for row in rows]

@@ -1,0 +1,117 @@
+"""The papers' prompt sets, from files as they are published."""
+import collections
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+
+from models import prompt_sets
+from models.checkpoint import InputError
+from models.prompt_sets import prompt_set, webvid
+
+CAPTIONS = ["A cat.", 'A sign that says "stop"', "Zwei H\u00fcte"]
+
+
+def test_coco_pickle_and_archive(tmp_path):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "all_prompts.pkl").write_bytes(pickle.dumps(CAPTIONS, protocol))
+        assert prompt_set(tmp_path / "all_prompts.pkl") == CAPTIONS
+    with zipfile.ZipFile(tmp_path / "coco10k.zip", "w") as archive:
+        archive.writestr("coco10k/subset/000.jpg", b"")
+        archive.write(tmp_path / "all_prompts.pkl", "coco10k/all_prompts.pkl")
+    assert prompt_set(str(tmp_path / "coco10k.zip")) == CAPTIONS
+
+
+class Program:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("content, message", [
+    (pickle.dumps([Program()]), r"it calls (posix|nt)\.system"),
+    (pickle.dumps(collections.OrderedDict()), r"it calls collections\.OrderedDict"),
+    (pickle.dumps({"a": 1}), "expected a pickled list of texts, found"), (pickle.dumps([]), "found \\[\\]"),
+    (pickle.dumps(["a", 1]), "found"), (pickle.dumps(CAPTIONS)[:-4], "refused or damaged"),
+    (b"x", "refused or damaged")])
+def test_pickles_cannot_run_code(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=f"p.pkl: .*{message}"):
+        prompt_set(tmp_path / "p.pkl")
+    assert os.listdir(tmp_path) == ["p.pkl"]
+
+
+def test_parti_prompts_keep_their_quotes(tmp_path):
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text("Prompt\tCategory\tChallenge\tNote\n"
+                    '"G I G G L E" painted\tArts\tBasic\t\na cat\tAnimals\tBasic\tshort\n')
+    assert prompt_set(path) == ['"G I G G L E" painted', "a cat"]
+
+
+def test_vbench(tmp_path):
+    path, texts = tmp_path / "VBench_full_info.json", ["a cat, front view", "a cat, front view", " a dog"]
+    path.write_text(json.dumps([{"prompt_en": text, "dimension": ["scene"]} for text in texts]))
+    assert prompt_set(path) == texts
+    path.write_text('{"prompt_en": 3}')
+    with pytest.raises(InputError, match="expected VBench_full_info.json"):
+        prompt_set(path)
+
+
+@pytest.mark.parametrize("extra", ["", ",page_idx"])
+def test_webvid_by_its_header(tmp_path, extra):
+    path = tmp_path / "results_10M_val.csv"
+    path.write_text(f"videoid,contentUrl,duration,page_dir,name{extra}\n"
+                    f'2117,https://x/a.mp4,PT00H00M11S,006001_006050,"Aerial shot, winter"{extra and ",3"}\n'
+                    f"7,https://x/b.mp4,PT00H00M30S,000001_000050,A dog {extra and ',4'}\n")
+    assert prompt_set(path) == ["Aerial shot, winter", "A dog"]
+    assert [file for file, _ in webvid(path)] == ["006001_006050/2117.mp4", "000001_000050/7.mp4"]
+
+
+def test_any_other_prompt_file(tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "p.csv").write_text("caption,name\na,x\n")
+    assert prompt_set(tmp_path / "p.txt") == ["a", "b"] and prompt_set(tmp_path / "p.csv") == ["a"]
+
+
+def test_sets_by_name(monkeypatch):
+    assert len(prompt_set("shapes")) == 512 and len(set(prompt_set("shapes"))) == 16
+    assert len(prompt_set("moving-shapes")) == 256
+    asked = []
+
+    def download(repo: str, file: str, kind: str = "model"):
+        asked.append((kind, repo, file))
+        raise InputError("no network")
+
+    monkeypatch.setattr(prompt_sets, "on_hub", download)
+    for name in ("coco10k", "parti"):
+        with pytest.raises(InputError, match="no network"):
+            prompt_set(name)
+    assert asked == [("model", "tianweiy/DMD2", "data/coco/coco10k.zip"),
+                     ("dataset", "nateraw/parti-prompts", "PartiPrompts.tsv")]
+    for name, source in (("vbench", "VBench_full_info.json"), ("webvid", "results_10M_val.csv")):
+        with pytest.raises(InputError, match=f"{name}: expected its file .*{source}"):
+            prompt_set(name)
+
+
+def test_hub_failures_name_the_flag(monkeypatch):
+    def unplugged(*_, **__):
+        raise OSError("unplugged")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unplugged)
+    with pytest.raises(InputError, match=r"x.tsv of a/b: .*datasets/a/b \(unplugged\); --prompts FILE takes"):
+        prompt_sets.on_hub("a/b", "x.tsv", "dataset")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("coco30k", "the sets are coco10k, parti"), ("absent.pkl", "no such file"),
+    ("absent.csv", "no such file"), ("absent.json", "no such file")])
+def test_what_is_not_there(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        prompt_set(source)
+    (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK").getvalue())
+    with pytest.raises(InputError, match="x.zip: expected a zip archive"):
+        prompt_set("x.zip")
