@@ -51,6 +51,9 @@ def main(args):
     row = flags.resolve(args, adp=True)
     if min(args.lambdas) < 0 or sum(args.lambdas) == 0:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected >= 0, not both 0")
+    if row.frames and args.loss == "gan" and args.lambdas[1]:
+        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: the pixel discriminator takes "
+                         f"pictures and {args.model} makes videos; expected the second to be 0")
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
                                                         args.model, networks.latent_shape(args, row))
     job = run.Job("adp", args, row, mesh, device)

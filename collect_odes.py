@@ -24,7 +24,7 @@ from models import data, flags, networks
 from models.checkpoint import TORCH_SUFFIXES, InputError
 from models.diffusion import Denoiser, solve, teacher_times
 from models.networks import DTYPES
-from models.parallel import any_rank, init_distributed, is_main, print0
+from models.parallel import any_rank, init_distributed, is_main, own_share, print0
 from models.presets import Preset
 
 
@@ -40,7 +40,8 @@ def parse_args(argv=None):
     add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
     add("--out", type=Path, help="default runs/odes-MODEL")
     add("--batch", type=int, help="pairs per forward on one rank; default: twice the preset's micro-batch")
-    add("--shard-size", type=int, default=512, help="pairs per file: what an interruption costs at most")
+    add("--shard-size", type=int,
+        help="pairs per file: what an interruption costs at most; default 512, of videos 16")
     add("--dtype", choices=DTYPES, default="bf16", help="of the stored latents")
     add("--verify", action="store_true", help="check every byte in --out and make nothing")
     return parser.parse_args(argv)
@@ -66,11 +67,11 @@ def settings(args, row: Preset) -> dict:
     """What all pairs of a folder have in common, as it comes back from JSON."""
     same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, row),
                 seed=args.seed, steps=args.steps, schedule=row.schedule, shift=row.shift, cfg=args.cfg,
-                frames=args.frames, null_prompt=args.null_prompt, precision=args.precision, no_t5=args.no_t5,
-                dtype=args.dtype, shard_size=args.shard_size,
+                precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
                 prompts=data.sha256(args.prompts), checkpoint=fingerprint(networks.source(args, row).path),
                 text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
-    return json.loads(json.dumps(same))
+    video = dict(frames=args.frames, null_prompt=args.null_prompt) if row.frames else {}
+    return json.loads(json.dumps(same | video))
 
 
 def plan(args, same: dict) -> tuple[dict, list[tuple[int, int]]]:
@@ -130,15 +131,10 @@ def verify(folder: Path) -> None:
 def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w: Tensor, prompts: list[str],
                 batch: int, dtype: torch.dtype, bar: tqdm, sequence: int) -> Tensor | None:
     """x_0 (n ...) in `dtype` on rank 0 from latents x_T (n ...), w (n,) and n prompts. The ranks share the
-    work and make equal numbers of forwards, because a sharded network needs all of them at once; each
-    `sequence` neighbours have the same samples."""
-    n, before = len(x_T), bar.n
-    world, rank = dist.get_world_size() // sequence, dist.get_rank() // sequence
-    per_rank = -(-n // world)
-    # The last pair fills the rest.
-    own = [min(i, n - 1) for i in range(rank * per_rank, (rank + 1) * per_rank)]
-    x_0 = []
-    for start in range(0, per_rank, batch):
+    work; each `sequence` neighbours have the same samples."""
+    n, before, world = len(x_T), bar.n, dist.get_world_size() // sequence
+    own, x_0 = own_share(n, sequence), []
+    for start in range(0, len(own), batch):
         places = own[start:start + batch]
         c = text.encode([prompts[i] for i in places])
         x = solve(F_phi, x_T[places].to(tn.device), tn, c, c_null, w[places].to(tn.device))
@@ -158,7 +154,7 @@ def main(args):
     row = flags.resolve_model(args)
     flags.fill(args, row, ("prompts", "cfg"))
     for name, default in (("count", row.pair_count), ("steps", row.teacher_steps),
-                          ("batch", 2 * row.micro_batch)):
+                          ("batch", 2 * row.micro_batch), ("shard_size", 16 if row.frames else 512)):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     flags.at_least_1(args, ("count", "steps", "batch", "shard_size"))
     (low, high), dtype = args.cfg, DTYPES[args.dtype]

@@ -9,7 +9,8 @@
 F_phi teacher          f_psi fake score estimator   G_theta generator
 z, z_hat, z_f, z_g noises   x_hat_0 generated       x_t diffused to t
 c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
-Shapes: latents B C H W, times and scales B. Comments cite Algorithm 1 ("Alg. 1 l. 17") and the equations.
+Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite Algorithm 1
+("Alg. 1 l. 17") and the equations.
 """
 from dataclasses import replace
 from functools import partial

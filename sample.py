@@ -14,11 +14,15 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
 from models import flags, lora, networks, sampling
 from models.checkpoint import InputError, open_tensors
 from models.data import film_strip, picture, save_grid, save_mp4, save_png
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.parallel import init_distributed, is_main, print0
+from models.parallel import any_rank, init_distributed, is_main, print0
 from models.presets import PRESETS
 from models.prompt_sets import SETS, prompt_set
 
@@ -48,15 +52,17 @@ def from_run_folder(args) -> None:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
     if base and PRESETS[args.model].frames:
-        for flag, (inside, original) in networks.COGVIDEOX_PARTS.items():
-            trained[flag] = trained[flag] or networks.beside_denoiser(base, PRESETS[args.model], inside,
-                                                                      original)
+        row = PRESETS[args.model]
+        for flag in networks.COGVIDEOX_PARTS:
+            if trained[flag] in (None, row.tokenizers):
+                trained[flag] = networks.beside_denoiser(base, row, flag)
     if base and not trained["text_ckpt"] and (base.parent / "text_encoders").is_dir():
         trained["text_ckpt"] = base.parent  # where training found them
     args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
-    args.vae_ckpt = args.vae_ckpt or trained["vae_ckpt"] and Path(trained["vae_ckpt"])
+    vae = trained.get("vae_ckpt")
+    args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
-    args.frames = args.frames or trained["frames"]
+    args.frames = args.frames or trained.get("frames")
     args.no_t5 = args.no_t5 or trained["no_t5"]
     if (folder / "generator.safetensors").exists():
         args.ckpt = folder / "generator.safetensors"
@@ -80,6 +86,7 @@ def main(args):
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
     args.model = args.model or exported(args).get("dmdx.model", "tiny-sd3")
+    args.null_prompt = args.null_prompt or exported(args).get("dmdx.null_prompt")
     row = flags.resolve_model(args)
     flags.at_least_1(args, ("count", "steps", "batch"))
     net = networks.load_network(args, row, mesh, device)
@@ -101,20 +108,26 @@ def main(args):
         prompts = prompt_set(args.prompts) if args.prompts else list(row.sample_prompts)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
-    images = sampling.generate(F, text, vae, prompts, tn, networks.latent_shape(args, row), args.seed,
-                               None if cfg == 1 else cfg, args.batch, row.decode_batch,
-                               args.sequence_parallel, args.context_parallel)
-    if is_main():
-        for i, (image, prompt) in enumerate(zip(images, prompts)):
-            text = dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
+    shape, shown = networks.latent_shape(args, row), []  # for the grid: as many as a person looks at
+    block = args.batch * dist.get_world_size() // args.sequence_parallel
+    for first in tqdm(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):
+        part = prompts[first:first + block]
+        images = sampling.generate(F, text, vae, part, tn, shape, args.seed, None if cfg == 1 else cfg,
+                                   args.batch, row.decode_batch, args.sequence_parallel,
+                                   args.context_parallel, first)
+        for i, (image, prompt) in enumerate(zip(images, part) if is_main() else (), first):
+            note = dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
                         model=args.model)
             if row.frames:
-                save_mp4(args.out / f"{i:03d}.mp4", [picture(frame, 128) for frame in image], row.fps, text)
+                save_mp4(args.out / f"{i:03d}.mp4", [picture(frame, 128) for frame in image], row.fps, note)
             else:
-                save_png(args.out / f"{i:03d}.png", image, text)
-        save_grid(args.out / "grid.png", images, columns=4, fps=row.fps)
+                save_png(args.out / f"{i:03d}.png", image, note)
+        shown += images[:(16 if row.frames else 64) - len(shown)]
+        any_rank(False)  # the others wait for the writing on gloo, which is more patient than nccl
+    if is_main():
+        save_grid(args.out / "grid.png", torch.stack(shown), columns=4, fps=row.fps)
         if row.frames:
-            save_grid(args.out / "grid.png", film_strip(images), columns=6)
+            save_grid(args.out / "grid.png", film_strip(torch.stack(shown)), columns=6)
     kind = "videos" if row.frames else "pictures"
     print0(f"{len(prompts)} {kind}, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
 

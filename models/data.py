@@ -160,7 +160,7 @@ def uniform(seed: int, iteration: int, purpose: str, indices: Sequence[int]) -> 
 
 
 # ---- ODE pairs ---------------------------------------------------------------------------------------------
-# A folder of shards, files of x_T and x_0 (B C h w), guidance scale w (B,), index (B,) and prompts (the bytes
+# A folder of shards, files of x_T and x_0 (B C h w or B T C h w), guidance scale w (B,), index (B,) and prompts (the bytes
 # of a JSON list), and manifest.json: the settings, the "count" asked for, and the "shards" that are finished.
 # A shard is written before the manifest names it: whatever is not named there does not count.
 
@@ -258,7 +258,7 @@ class Pairs:
         return self.opened[k]
 
     def read(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """(x_T (B C h w), x_0 (B C h w), prompts), float32 on the CPU; an index is a place in range(len).
+        """(x_T and x_0 (B C h w or B T C h w), prompts), float32 on the CPU; an index is a place in range(len).
 
         Reads these rows only; the first time all of their shard, and raises InputError if it is damaged."""
         x_T, x_0, prompts = [], [], []

@@ -56,7 +56,8 @@ def shrink_count(side: int) -> int:
 
 
 class Head2d(nn.Module):
-    """n x [4x4 conv stride 2, GroupNorm 32, SiLU], 1x1 conv to one channel (App. B.1): (B D h w) -> (B,)."""
+    """n x [4x4 conv stride 2, GroupNorm 32, SiLU], 1x1 conv to one channel (App. B.1): (B D h w) -> (B,), the
+    mean in float32, as real and fake logits differ by less than bf16's steps."""
 
     def __init__(self, channels: int, short_side: int, width: int):
         super().__init__()
@@ -68,7 +69,7 @@ class Head2d(nn.Module):
         self.logit = nn.Conv2d(width if layers else channels, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logit(self.shrink(x.to(self.logit.weight.dtype))).mean((1, 2, 3))
+        return self.logit(self.shrink(x.to(self.logit.weight.dtype))).float().mean((1, 2, 3))
 
 
 class Head3d(nn.Module):
@@ -87,7 +88,7 @@ class Head3d(nn.Module):
         self.logit = nn.Conv3d(width if layers else channels, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logit(self.shrink(x.to(self.logit.weight.dtype))).mean((1, 2, 3, 4))
+        return self.logit(self.shrink(x.to(self.logit.weight.dtype))).float().mean((1, 2, 3, 4))
 
 
 class Discriminator(nn.Module):
@@ -111,7 +112,7 @@ class Discriminator(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits (heads B), float32."""
-        return torch.stack([head(h).float() for head, h in zip(self.heads, features)])
+        return torch.stack([head(h) for head, h in zip(self.heads, features)])
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from models.checkpoint import InputError
 from models.data import read_prompts
 from models.networks import DTYPES, sizes
-from models.parallel import complete_states
+from models.parallel import check_heads, complete_states
 from models.presets import PRESETS, Preset
 
 
@@ -24,8 +24,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae-ckpt", type=Path, help="file or folder of the VAE, where it is not in or beside --ckpt")
     add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
     add("--no-t5", action="store_true", help="zeros in place of T5's tokens")
-    add("--null-prompt", choices=("zeros", "empty"), default="zeros",
-        help="CogVideoX's unconditional: zeros, as it was trained with, or the encoded empty prompt")
+    add("--null-prompt", choices=("zeros", "empty"),
+        help="CogVideoX's unconditional: zeros (default), as it was trained, or the encoded empty prompt")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
     add("--frames", type=int, help="of a video: 8 k + 1")
     add("--seed", type=int, default=0)
@@ -82,13 +82,20 @@ def resolve_model(args: argparse.Namespace) -> Preset:
         works = [2 * row.vae_frames * k + 1 for k in (1, 2, 3)]
         raise InputError(f"--frames {args.frames}: {args.model} takes {2 * row.vae_frames} k + 1 frames: 1, "
                          f"{', '.join(map(str, works))}, ...; its own are {row.frames}")
-    args.context_parallel = args.context_parallel or args.sequence_parallel
+    if args.no_t5 and row.frames or args.null_prompt and not row.frames:
+        flag = "--no-t5" if args.no_t5 else f"--null-prompt {args.null_prompt}"
+        raise InputError(f"{flag}: not for {args.model}; expected none")
+    args.null_prompt = args.null_prompt or ("zeros" if row.frames else None)
+    if args.context_parallel is None:
+        args.context_parallel = args.sequence_parallel
     at_least_1(args, ("sequence_parallel", "context_parallel"))
     if max(args.sequence_parallel, args.context_parallel) > 1 and not row.frames:
         raise InputError(f"--sequence-parallel, --context-parallel: expected 1 for images, {args.model}'s")
     if args.sequence_parallel % args.context_parallel:
         raise InputError(f"--context-parallel {args.context_parallel}: expected a divisor of "
                          f"--sequence-parallel {args.sequence_parallel}, whose ranks hold the same video")
+    if row.frames:
+        check_heads(row.config["heads"], args.sequence_parallel)
     if dist.get_world_size() % args.sequence_parallel:
         raise InputError(f"--sequence-parallel {args.sequence_parallel} does not divide the "
                          f"{dist.get_world_size()} processes")

@@ -1,6 +1,6 @@
 """Networks of a run from checkpoints: denoisers, text encoders, VAE, discriminator; and the export.
 
-`args` are the flags of `run.model_flags`. Whatever the user can mend raises InputError.
+`args` are the flags of `flags.model_flags`. Whatever the user can mend raises InputError.
 """
 import argparse
 from collections.abc import Callable
@@ -53,8 +53,9 @@ DENOISER = "model.diffusion_model."
 # Preset.family -> the denoiser's class, and its arguments as far as a checkpoint's shapes tell them.
 FAMILIES = {"mmdit": (MMDiT, mmdit_config), "unet": (UNet, unet_config),
             "cogvideox": (CogVideoX, cogvideox_config)}
-# Flag -> where its file is in a CogVideoX download, and in the original release.
-COGVIDEOX_PARTS = {"vae_ckpt": ("vae/", "vae/3d-vae.pt"), "text_ckpt": ("text_encoder/", "t5-v1_1-xxl/")}
+# Flag -> where its files are in a CogVideoX download, and in the original release.
+COGVIDEOX_PARTS = {"vae_ckpt": ("vae/", "vae/3d-vae.pt"), "text_ckpt": ("text_encoder/", "t5-v1_1-xxl/"),
+                   "tokenizers": ("tokenizer/", "t5-v1_1-xxl/")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -156,9 +157,13 @@ def load_text(args, row: Preset, mesh: DeviceMesh,
               device: torch.device) -> SD3Text | SDXLText | CogVideoXText:
     """The sharded text encoders: from --text-ckpt, the denoiser's file, the files beside it, or the hub."""
     if row.family == "cogvideox":
-        path = args.text_ckpt or beside_denoiser(args.ckpt, row, *COGVIDEOX_PARTS["text_ckpt"])
+        path = args.text_ckpt or beside_denoiser(args.ckpt, row, "text_ckpt")
+        own = args.tokenizers != row.tokenizers  # not the preset's
+        tokenizers = args.tokenizers if own else beside_denoiser(args.ckpt, row, "tokenizers")
+        if Path(tokenizers).name == "tokenizer":
+            tokenizers = Path(tokenizers).parent
         parts = {"t5": t5_tensors(hub_tensors(path) if path.is_dir() else checkpoint.open_tensors(path))}
-        text = CogVideoXText(parts, load_tokenizers(args.tokenizers, t5=False), row.t5_length,
+        text = CogVideoXText(parts, load_tokenizers(tokenizers, t5=False), row.t5_length,
                              args.null_prompt, device)
         return fill_text(args, text, parts, mesh, device)
     single, beside = checkpoint.find(row.file, args.ckpt, row.repo), []
@@ -192,14 +197,21 @@ def fill_text(args, text: nn.Module, parts: dict, mesh: DeviceMesh, device: torc
     return text.load(parts, load_sharded)
 
 
-def beside_denoiser(ckpt: Path | None, row: Preset, folder: str, original: str) -> Path:
-    """`folder` of a CogVideoX download, or `original`, its name in the original release, whose denoiser is
-    transformer/1/mp_rank_00_model_states.pt; where neither is beside `ckpt`, the preset's own."""
-    for root in (ckpt, *ckpt.resolve().parents[:3]) if ckpt else ():
+def beside_denoiser(ckpt: Path | None, row: Preset, flag: str) -> Path:
+    """What `flag` would give, a part of COGVIDEOX_PARTS, in or beside --ckpt: the folder of a download or of
+    the original release, whose denoiser is transformer/1/mp_rank_00_model_states.pt, or that denoiser itself;
+    else the preset's own. Raises InputError where neither is there."""
+    folder, original = COGVIDEOX_PARTS[flag]
+    above = (ckpt.absolute(), *ckpt.absolute().parents) if ckpt else ()
+    for root in (*above[:1], *(path.parent for path in above if path.name == "transformer")):
         for path in (root / folder, root / original):
             if path.exists():
                 return path
-    return checkpoint.find(folder, row.ckpt, row.repo)
+    try:
+        return checkpoint.find(folder, row.ckpt, row.repo)
+    except InputError as error:
+        advice = f"; --{flag.replace('_', '-')} takes a local copy"  # instead of the denoiser's
+        raise InputError(str(error).rpartition("; ")[0] + advice) from error
 
 
 def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL | CogVideoXVAE:
@@ -211,7 +223,7 @@ def load_vae(args, row: Preset, device: torch.device) -> AutoencoderKL | CogVide
         vae.to_empty(device="cpu")
         fill_random(vae, args.seed)
     elif video:
-        path = args.vae_ckpt or beside_denoiser(args.ckpt, row, *COGVIDEOX_PARTS["vae_ckpt"])
+        path = args.vae_ckpt or beside_denoiser(args.ckpt, row, "vae_ckpt")
         tensors = cogvideox_vae_from_sat(checkpoint.open_tensors(path))
         check_config(args, tensors, cogvideox_vae_config, row.vae)
         checkpoint.load(vae, tensors)
@@ -261,10 +273,10 @@ def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
     return {name: p for name, p in role.net.named_parameters() if not suffixes or name.endswith(suffixes)}
 
 
-def student_cfg(args, row: Preset) -> float | None:
-    """Guidance at which a generator is sampled: the teacher's less --generator-cfg-offset, None for none."""
+def student_cfg(args) -> float | None:
+    """Guidance at which a generator is sampled: --cfg's middle less --generator-cfg-offset; None: none."""
     offset = getattr(args, "generator_cfg_offset", None)
-    return None if offset is None else row.teacher_cfg - offset
+    return None if offset is None else sum(args.cfg) / 2 - offset
 
 
 def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
@@ -272,8 +284,9 @@ def export(args, row: Preset, G_theta: Denoiser, out: Path) -> None:
     weights in the original single-file layout with the checkpoint's VAE and text encoders unchanged."""
     metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(row.shift),
                 "dmdx.predicts": G_theta.predicts, "dmdx.schedule": G_theta.schedule}
-    if student_cfg(args, row) is not None:
-        metadata["dmdx.cfg"] = str(student_cfg(args, row))
+    if student_cfg(args) is not None:
+        metadata["dmdx.cfg"] = str(student_cfg(args))
+        metadata |= {"dmdx.null_prompt": args.null_prompt} if row.frames else {}
     if G_theta.lora:
         lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, G_theta.lora[0], metadata)
         lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, G_theta.lora[0], metadata)

@@ -73,6 +73,14 @@ def neighbours(count: int) -> dist.ProcessGroup:
     return _neighbours(count, dist.group.WORLD)
 
 
+def own_share(count: int, sequence: int = 1) -> list[int]:
+    """Which of `count` samples this rank makes, where each `sequence` neighbours make the same: equally many
+    on all ranks, because a sharded network needs all of them at once; the last sample fills the rest."""
+    per_rank = -(-count // (dist.get_world_size() // sequence))
+    first = dist.get_rank() // sequence * per_rank
+    return [min(i, count - 1) for i in range(first, first + per_rank)]
+
+
 def is_main() -> bool:
     return dist.get_rank() == 0
 
@@ -296,15 +304,18 @@ def sequence_parallel(net: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     the only owner. Therefore `join` sends back each rank's gradient times the group's size, and `cut` divides
     by it again: inputs get their exact gradient on every rank, and the mean over the ranks, which FSDP takes,
     is exact for all weights. Raises InputError if the ranks cannot share the heads evenly."""
-    ranks = group.size()
-    if net.heads % ranks:
-        divisors = ", ".join(str(n) for n in range(1, net.heads + 1) if net.heads % n == 0)
-        raise InputError(f"--sequence-parallel {ranks} does not divide the network's {net.heads} attention "
-                         f"heads; expected one of {divisors}")
+    check_heads(net.heads, group.size())
     net.cut, net.join = partial(cut, group=group), partial(join, group=group)
     for block in net.blocks():
         block.attend = partial(ulysses, group=group, attend=block.attend)
     return net
+
+
+def check_heads(heads: int, ranks: int) -> None:
+    if heads % ranks:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise InputError(f"--sequence-parallel {ranks} does not divide the network's {heads} attention "
+                         f"heads; expected one of {divisors}")
 
 
 def shares(total: int, first: int, last: int, ranks: int) -> list[int]:

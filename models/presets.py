@@ -21,7 +21,7 @@ class Preset(NamedTuple):
     schedule: str
     latent_channels: int
     vae_factor: int                     # pixels per latent
-    vae: dict                           # arguments of AutoencoderKL, checked against the file
+    vae: dict                           # arguments of the VAE, checked against the file
     clip_length: int                    # tokens of CLIP-L and CLIP-G
     t5_length: int                      # tokens of T5: 256 as in diffusers, 77 the original's minimum, 0 none
     # sampling
@@ -193,7 +193,7 @@ PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
                 rotary=False),
     ckpt=HERE / "tiny" / "cogvideox", repo="", tokenizers=str(HERE / "tiny" / "cogvideox"),
     latent_channels=4, vae_factor=4,
-    vae=dict(ch=(16, 16, 32), num_res_blocks=1, z_channels=4, scale=1.0, groups=8, time_levels=2),
+    vae=dict(ch=(16, 32, 32), num_res_blocks=1, z_channels=4, scale=1.0, groups=4, time_levels=2),
     t5_length=12, size=(32, 32), frames=9, teacher_cfg=3.0, cfg=(2.0, 4.0), steps=2,
     lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
     max_iter=200, head_width=64, decode_batch=16,

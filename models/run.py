@@ -124,8 +124,8 @@ class Job:
                  device: torch.device):
         self.args, self.row, self.device = args, row, device
         self.out = run_folder(args, script)
-        k = args.sequence_parallel  # as many ranks make one: they share their samples' tokens
-        rank, world, M = dist.get_rank() // k, dist.get_world_size() // k, args.micro_batch
+        ranks, M = args.sequence_parallel, args.micro_batch  # as many ranks share their samples' tokens
+        rank, world = dist.get_rank() // ranks, dist.get_world_size() // ranks
         # Global sample indices of this rank's micro-batches. Draws depend on them, not on the cut.
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
@@ -295,13 +295,13 @@ class Job:
         in evaluation.jsonl every --evaluate-every: of the same prompts and noise each time."""
         args, row = self.args, self.row
         if self.text is not None and self.gen_iter % args.sample_every == 0:
-            images = self.sample(G_theta, list(row.sample_prompts), tn, student_cfg(args, row))
+            images = self.sample(G_theta, list(row.sample_prompts), tn, student_cfg(args))
             if is_main():
                 save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=row.fps)
 
         if self.text is not None and args.evaluate_every and self.gen_iter % args.evaluate_every == 0:
             prompts = self.known_prompts()
-            images = self.sample(G_theta, prompts, tn, student_cfg(args, row))
+            images = self.sample(G_theta, prompts, tn, student_cfg(args))
             if is_main():
                 figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers)
                 append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
@@ -343,10 +343,10 @@ class Job:
         for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
                                      (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, few, w),
                                      (f"student, {N} step{'s' * (N > 1)}", G_theta, tn,
-                                      student_cfg(args, row))):
+                                      student_cfg(args))):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
-            if exact:
+            if exact and is_main():
                 figures[label] = quick_scores(images, prompts, ["shapes"], {})
         if is_main():
             if row.frames:

@@ -111,8 +111,10 @@ def load_tokenizers(source: str | Path, t5: bool = True) -> tuple:
     folder = Path(source)
     wanted = ("tokenizer", "tokenizer_3") if t5 else ("tokenizer",)
     names = [name for name in wanted if not folder.is_dir() or (folder / name).is_dir()]
+    if (folder / "spiece.model").is_file():  # T5's own folder, as CogVideoX's original release has it
+        wanted = names = [""]
     expected = f"expected a folder with {'/ and '.join(wanted)}/, as in a diffusers-layout download"
-    if "tokenizer" not in names:
+    if not {"tokenizer", ""} & set(names):
         raise InputError(f"{source}: {expected}")
     try:
         tokenizers = [AutoTokenizer.from_pretrained(str(source), subfolder=name) for name in names]

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from conftest import golden, read_golden
 from safetensors.torch import save_file
@@ -71,6 +72,24 @@ def test_prompts_are_padded_or_cut_to_the_length_and_the_unconditional_is_zeros_
     empty = CogVideoXText(parts, tokenizers, length=6, null="empty").load(parts).unconditional()
     assert torch.equal(empty.context, text.encode([""]).context) and empty.context.any()
     assert zeros.pooled.shape == empty.pooled.shape == (1, 0)
+
+
+@pytest.mark.parametrize("layout", ["tokenizer", "."])
+def test_the_published_tokenizer_is_a_spiece_model_alone(tmp_path, layout):
+    """tokenizer/spiece.model in the published folder, beside T5's weights in the original release."""
+    words = ["red", "fox", "snow", "runs", "the", "a", "in"]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(7)) * 20)
+    (tmp_path / layout).mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / layout / "spiece"), vocab_size=24,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (tmp_path / layout / "tokenizer_config.json").write_text(json.dumps(
+        dict(tokenizer_class="T5Tokenizer", extra_ids=0, additional_special_tokens=[])))
+    tokenizer, none = load_tokenizers(tmp_path, t5=False)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / layout / "spiece.model"))
+    for text in ("the red fox runs in a snow", "fox", "a"):
+        assert tokenizer(text).input_ids == [*pieces.encode(text), 1], text
+    assert tokenizer("").input_ids == [1] and none is None
 
 
 def test_errors_name_what_is_missing(t5, tmp_path):

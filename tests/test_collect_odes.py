@@ -113,7 +113,7 @@ def test_no_flags_are_the_presets_settings(tmp_path, monkeypatch):
     """A teacher's full steps, the preset's guidance and prompts, a solve in float32, bf16 in the file."""
     seen = []
 
-    def solve_shard(F_phi, text, c_null, tn, x_T, w, prompts, batch, dtype, bar):
+    def solve_shard(F_phi, text, c_null, tn, x_T, w, prompts, batch, dtype, bar, sequence):
         seen.append((tn, w, prompts, x_T.dtype))
         return x_T.to(dtype)
     monkeypatch.setattr(collect_odes, "solve_shard", solve_shard)

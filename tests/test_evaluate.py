@@ -10,6 +10,7 @@ from conftest import ROOT, golden, read_golden
 from PIL import Image
 from torch import Tensor
 
+import adm
 import evaluate
 from models import lpips, metrics, moving_shapes, shapes
 from models.checkpoint import InputError, save_safetensors
@@ -383,3 +384,38 @@ def test_table():
 def test_flags_below_1(tmp_path):
     with pytest.raises(InputError, match="--frames 0: expected at least 1"):
         run(tmp_path, "--frames", 0)
+
+
+# ---- while a generator is trained ----------------------------------------------------------------------------------
+
+def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeypatch):
+    """--evaluate-every: the exact evaluator and a scorer, through `quick_scores`; a resume leaves no line twice."""
+    asked = []
+
+    def load(kind, device):
+        asked.append(kind)
+        return lambda images, prompts: torch.tensor([float(np.asarray(image).mean()) for image in images])
+    monkeypatch.setattr("models.run.load_scorer", load)
+    flags = ["--batch-size", "2", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
+             "--lora-rank", "4", "--fake-lora", "4", "--save-every", "1", "--out", str(tmp_path / "run")]
+    adm.main(adm.parse_args([*flags, "--max-iter", "2"]))
+
+    def lines():
+        return [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["gen_iter"] for line in lines()] == [1, 2] and asked == ["clip"]
+    assert all(line.keys() == {"gen_iter", "accuracy", "total_variation", "frechet", "clip"} for line in lines())
+    last = json.loads((tmp_path / "run" / "comparison.json").read_text())["student, 1 step"]
+    assert {name: lines()[1][name] for name in last} == last  # the closing comparison's samples are the same
+    adm.main(adm.parse_args([*flags, "--max-iter", "3", "--resume",
+                             str(tmp_path / "run" / "state" / "iter_00000001")]))
+    assert [line["gen_iter"] for line in lines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--evaluate-every", "-1"], "--evaluate-every -1"),
+    (["--evaluate-every", "5", "--evaluate", "0"], "expected 0 or more updates, and samples to evaluate"),
+    (["--evaluate-every", "5", "--size", "24", "24"], "for the tiny models at their own size"),
+])
+def test_a_training_hook_that_cannot_work_is_refused(tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        adm.main(adm.parse_args([*flags, "--max-iter", "1", "--out", str(tmp_path / "run")]))

@@ -366,7 +366,8 @@ def test_file_errors(tiny, tmp_path):
         attempt(lambda t: {name: value for name, value in t.items() if name != deep})
     shared = "text_encoders.t5xxl.transformer.shared.weight"
     with pytest.raises(InputError, match=f"T5 v1.1.*{shared}"):
-        attempt(lambda t: {name: value for name, value in t.items() if name != shared})
+        attempt(lambda t: {name: value for name, value in t.items()
+                           if name != shared and "encoder.embed_tokens" not in name})
     with pytest.raises(InputError, match="not expected.*odd"):
         attempt(lambda t: t | {"text_encoders.clip_l.transformer.odd": torch.zeros(1)})
     with pytest.raises(InputError, match="another shape.*text_projection"):
