@@ -1,11 +1,11 @@
 """The embedded default: tiny teachers for captioned shapes, in the layouts of their big siblings.
 
-    python -m models.tiny                # all of them, about an hour on two cores
-    python -m models.tiny --only sdxl    # one: sd3 (with the VAE that all share), sdxl or sam
+    python -m models.tiny                # all of them, less than two hours on two cores
+    python -m models.tiny --only sdxl    # one: sd3 (with the image models' VAE), sdxl, sam or cogvideox
 
 Writes models/tiny/: tiny_sd3.safetensors (MMDiT, flow), tiny_sdxl.safetensors (UNet, epsilon),
-tiny_sam.safetensors (a vision encoder in SAM's layout that has learned to outline the shapes), tokenizers and
-prompts.
+tiny_sam.safetensors (a vision encoder in SAM's layout that has learned to outline the shapes), tokenizers,
+prompts, and cogvideox/ (models/tiny_video.py).
 
 Letters: B pictures, H W pixels, Z h w latent, L tokens, D width.
 """
@@ -108,10 +108,15 @@ def write_tokenizers(folder: Path) -> tuple[int, int]:
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / "tokenizer" / name).write_text(text + "\n")
+    return len(tokens), write_t5_tokenizer(folder / "tokenizer_3", words, LENGTH)
+
+
+def write_t5_tokenizer(folder: Path, words: list[str], length: int) -> int:
+    """One token for each word, letters for others. Returns the size of the vocabulary."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + word, -2.0) for word in words] + [(c, -4.0) for c in letters]
-    T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH).save_pretrained(folder / "tokenizer_3")
-    return len(tokens), len(pieces)
+    pieces += [("▁" + word, -2.0) for word in words] + [(c, -4.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length).save_pretrained(folder)
+    return len(pieces)
 
 
 def random_matrix(tensors: dict, g: torch.Generator, name: str, *shape: int, std: float | None = None,
@@ -137,15 +142,10 @@ def clip_encoder(root: str, words: int, g: torch.Generator) -> dict[str, Tensor]
     return tensors
 
 
-def sd3_text(clip_words: int, t5_words: int) -> dict[str, Tensor]:
-    """Random, frozen CLIP-L, CLIP-G and T5 (two heads of 64), names of SD3's single file."""
-    tensors, g = {}, torch.Generator().manual_seed(0)
-    for name in ("clip_l", "clip_g"):
-        tensors |= clip_encoder(f"text_encoders.{name}.transformer.text_model.", clip_words, g)
-    random_matrix(tensors, g, "text_encoders.clip_g.transformer.text_projection", 64, 64)
-    root = "text_encoders.t5xxl.transformer."
-    random_matrix(tensors, g, root + "shared", t5_words, 128, std=1.0)
-    tensors[root + "encoder.embed_tokens.weight"] = tensors[root + "shared.weight"].clone()
+def t5_text(root: str, words: int, g: torch.Generator) -> dict[str, Tensor]:
+    """A random T5 v1.1 of one block and two heads of 64, transformers' names."""
+    tensors = {}
+    random_matrix(tensors, g, root + "shared", words, 128, std=1.0)
     for norm in ("final_layer_norm", "block.0.layer.0.layer_norm", "block.0.layer.1.layer_norm"):
         tensors[f"{root}encoder.{norm}.weight"] = torch.ones(128)
     attention = root + "encoder.block.0.layer.0.SelfAttention."
@@ -155,6 +155,18 @@ def sd3_text(clip_words: int, t5_words: int) -> dict[str, Tensor]:
     random_matrix(tensors, g, attention + "q", 128, 128, std=128 ** -0.5 / 8)
     for name in [attention + part for part in "kvo"] + [feed + part for part in ("wi_0", "wi_1", "wo")]:
         random_matrix(tensors, g, name, 128, 128)
+    return tensors
+
+
+def sd3_text(clip_words: int, t5_words: int) -> dict[str, Tensor]:
+    """Random, frozen CLIP-L, CLIP-G and T5, names of SD3's single file."""
+    tensors, g = {}, torch.Generator().manual_seed(0)
+    for name in ("clip_l", "clip_g"):
+        tensors |= clip_encoder(f"text_encoders.{name}.transformer.text_model.", clip_words, g)
+    random_matrix(tensors, g, "text_encoders.clip_g.transformer.text_projection", 64, 64)
+    root = "text_encoders.t5xxl.transformer."
+    tensors |= t5_text(root, t5_words, g)
+    tensors[root + "encoder.embed_tokens.weight"] = tensors[root + "shared.weight"].clone()
     return tensors
 
 
@@ -193,13 +205,14 @@ def open_teacher(row: Preset) -> tuple[Denoiser, AutoencoderKL, SD3Text | SDXLTe
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path,
           stop: int | None = None, look: Callable | None = None) -> nn.Module:
-    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices of an MMDiT's blocks, which
-    learn faster by it, AdamW for everything else. Returns the moving average of the weights.
+    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices of a transformer's blocks,
+    which learn faster by it, AdamW for everything else. Returns the moving average of the weights.
 
     Batches depend on the step alone, all else is in out/<name>.pt: a killed run goes on as if never stopped.
     `stop` ends early, for tests; `look(average, step)` is called now and then to show samples."""
     average = copy.deepcopy(net).requires_grad_(False)
-    matrices = [p for path, p in net.named_parameters() if path.startswith("joint_blocks.") and p.ndim == 2]
+    matrices = [p for path, p in net.named_parameters()
+                if path.startswith(("joint_blocks.", "transformer_blocks.")) and p.ndim == 2]
     others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
     opts = {"adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99))}
     if matrices:
@@ -265,13 +278,15 @@ def encode_captions(text: SD3Text | SDXLText) -> Cond:
     return Cond(*(torch.cat(pair) for pair in zip(known, null)))
 
 
-def denoiser_loss(row: Preset, latents: Tensor, labels: Tensor, table: Cond) -> Callable:
-    """Eq. (2) or (3) with prompt dropout, each attribute named at probability 0.7. `table`: all captions'."""
+def denoiser_loss(row: Preset, latents: Tensor, labels: Tensor, table: Cond,
+                  index: Callable = caption_index) -> Callable:
+    """Eq. (2) or (3) with prompt dropout, each attribute named at probability 0.7. `table`: conditions of all
+    captions in the order of `index`, and last guidance's unconditional."""
     def loss_at(net: nn.Module, step: int) -> Tensor:
         g = torch.Generator().manual_seed(step)
         i = torch.randint(len(latents), (BATCH,), generator=g)
-        named = torch.where(torch.rand(BATCH, 4, generator=g) < 0.7, labels[i], -1)
-        prompt = torch.where(torch.rand(BATCH, generator=g) < 0.1, len(captions()) - 1, caption_index(named))
+        named = torch.where(torch.rand(BATCH, labels.shape[1], generator=g) < 0.7, labels[i], -1)
+        prompt = torch.where(torch.rand(BATCH, generator=g) < 0.1, len(table.context) - 1, index(named))
         if row.schedule == "flow":  # logit-normal: outlines form at 0.3 to 0.8
             t = torch.sigmoid(0.4 + torch.randn(BATCH, generator=g))
         else:
@@ -386,14 +401,18 @@ def train_sam(out: Path) -> None:
 
 
 def main() -> None:
+    from models.tiny_video import train_video  # which imports this file
+    names = ("sd3", "sdxl", "sam", "cogvideox")
     parser = argparse.ArgumentParser(description="Train the tiny teachers on captioned shapes.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="resumable state, sample grids")
-    parser.add_argument("--only", choices=("sd3", "sdxl", "sam"), help="default: all three")
+    parser.add_argument("--only", choices=names, help="default: all of them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in (args.only,) if args.only else ("sd3", "sdxl", "sam"):
+    for name in (args.only,) if args.only else names:
         if name == "sam":
             train_sam(args.out)
+        elif name == "cogvideox":
+            train_video(args.out)
         else:
             train_teacher(name, args.out)
 

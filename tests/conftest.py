@@ -1,19 +1,27 @@
 """Shared by every test: the repository root on sys.path, golden files, one thread per process."""
 import hashlib
+import io
 import json
 import os
 import re
+import runpy
 import sys
 import zlib
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy
-import pytest
-import torch
-from safetensors import safe_open
+# Before torch reads it, and for every process that a test starts: sums have one order, and workers (`-n 2`)
+# and ranks do not wait for one another's threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # a plugin may have imported torch before
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
 
 
@@ -57,6 +65,33 @@ def manifest(path: Path) -> tuple[dict, dict]:
     """(name -> shape, _meta) of a full-size checkpoint."""
     data = json.loads(path.read_text())
     return {name: tuple(shape) for name, shape in data["tensors"].items()}, data["_meta"]
+
+
+def refusal_of(script: str, *flags) -> str:
+    """What `python SCRIPT FLAGS`, which is refused with exit code 2, would print to stderr: here, without the
+    seconds that a process of its own takes to import."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert (caught.value.code, output.getvalue()) == (2, "")
+    return errors.getvalue()
+
+
+@contextmanager
+def states_saved(*iterations):
+    """Scripts save their states after these iterations alone: saving takes half of a short run's time."""
+    from models import run
+    save = run.save_state
+
+    def save_state(folder, iteration, *rest):
+        if iteration in iterations:
+            save(folder, iteration, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "save_state", save_state)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
-"""Peak host memory of sharded loading: `torchrun --nproc_per_node 2 tests/sharded_load.py FILE` prints it for each rank.
+"""Peak host memory of sharded loading on each rank: `torchrun --nproc_per_node 2 tests/sharded_load.py FILE`.
 
-Writes FILE with random float16 weights first if it does not exist: `--model sd3-medium` for the full size (4.2 GB)."""
+Writes FILE with float16 weights first if it does not exist; `--model sd3-medium`: full size (4.2 GB)."""
 import argparse
 import json
 import resource
@@ -20,19 +20,15 @@ from models.mmdit import MMDiT, config_from_shapes  # noqa: E402
 from models.parallel import init_distributed, is_main, load_sharded, local_rows, materialise, shard  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
 
-parser = argparse.ArgumentParser()
-parser.add_argument("file", type=Path)
-parser.add_argument("--model", choices=PRESETS)
-args = parser.parse_args()
+SMALL = dict(depth=6, width=768, heads=6, patch=2, in_channels=16, pos_grid=64, context_dim=1024,
+             pooled_dim=512, qk_norm=False, attn2=())
 
-_, mesh = init_distributed()
-SMALL = dict(depth=6, width=768, heads=6, patch=2, in_channels=16, pos_grid=64, context_dim=1024, pooled_dim=512,
-             qk_norm=False, attn2=())
-if is_main() and not args.file.exists():
-    with torch.device("meta"):
-        net = MMDiT(**(PRESETS[args.model].config if args.model else SMALL))
-    save_file({name: torch.full(p.shape, 0.01, dtype=torch.float16) for name, p in net.state_dict().items()}, args.file)
-dist.barrier()
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", choices=PRESETS)
+    return parser.parse_args(argv)
 
 
 def resident():  # bytes of this process's own memory; file-backed pages that the kernel can drop do not count
@@ -40,32 +36,42 @@ def resident():  # bytes of this process's own memory; file-backed pages that th
     return (pages[1] - pages[2]) * resource.getpagesize()
 
 
-before = peak = resident()
-done = threading.Event()
+def main(args):
+    _, mesh = init_distributed()
+    if is_main() and not args.file.exists():
+        with torch.device("meta"):
+            net = MMDiT(**(PRESETS[args.model].config if args.model else SMALL)).half()
+        weights = {name: torch.full_like(p, 0.01, device="cpu") for name, p in net.state_dict().items()}
+        save_file(weights, args.file)
+        del weights
+    dist.barrier()
+    before, seen, done = resident(), [resident()], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            seen.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    tensors = open_tensors(args.file)
+    with torch.device("meta"):
+        net = MMDiT(**config_from_shapes(tensors.shapes))
+    shard(net, mesh, torch.float32)
+    materialise(net, torch.device("cpu"))
+    load_sharded(net, tensors)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    full = 4 * sum(p.numel() for p in net.parameters())
+    own = 4 * sum(local_rows(p)[0].numel() for p in net.parameters())
+    stored = torch.tensor(0.01, dtype=torch.float16).float()
+    assert all((local_rows(p)[0] == stored).all() for p in net.parameters())
+    print(json.dumps(dict(rank=dist.get_rank(), full_gib=full / 2 ** 30, shard_gib=own / 2 ** 30,
+                          peak_gib=(max(seen) - before) / 2 ** 30, seconds=round(seconds, 2))), flush=True)
+    dist.barrier()
 
 
-def watch():
-    global peak
-    while not done.wait(0.005):
-        peak = max(peak, resident())
-
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-start = time.perf_counter()
-tensors = open_tensors(args.file)
-with torch.device("meta"):
-    net = MMDiT(**config_from_shapes(tensors.shapes))
-shard(net, mesh, torch.float32)
-materialise(net, torch.device("cpu"))
-load_sharded(net, tensors)
-seconds = time.perf_counter() - start
-done.set()
-watcher.join()
-full = 4 * sum(p.numel() for p in net.parameters())
-own = 4 * sum(local_rows(p)[0].numel() for p in net.parameters())
-assert all((local_rows(p)[0] == torch.tensor(0.01, dtype=torch.float16).float()).all() for p in net.parameters())
-print(json.dumps(dict(rank=dist.get_rank(), full_gib=full / 2 ** 30, shard_gib=own / 2 ** 30, peak_gib=(peak - before) / 2 ** 30,
-                      seconds=round(seconds, 2))), flush=True)
-dist.barrier()
-dist.destroy_process_group()
+if __name__ == "__main__":
+    main(parse_args())
+    dist.destroy_process_group()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, states_saved
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
@@ -18,10 +18,11 @@ from models.presets import PRESETS
 SCRIPT = (ROOT / "adm.py").read_text()
 
 
-def train(out, *flags):
+def train(out, *flags, states=()):
     """Run adm.py in this process on random tiny networks; returns the rows of metrics.jsonl."""
     args = adm.parse_args(["--random-weights", "--batch-size", "4", "--out", str(out), *map(str, flags)])
-    adm.main(args)
+    with states_saved(*states):
+        adm.main(args)
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -143,19 +144,20 @@ def test_ttur_updates_the_fake_model_more_often(tmp_path, monkeypatch):
 def test_accumulation_gives_the_same_gradients(tmp_path):
     whole, = train(tmp_path / "whole", "--max-iter", 1, "--micro-batch", 4)
     cut, = train(tmp_path / "cut", "--max-iter", 1, "--micro-batch", 1)
-    for name in ("loss_psi", "loss_theta", "loss_tau", "grad_norm_psi", "grad_norm_theta", "dmd"):
+    for name in ("loss_psi", "loss_theta", "loss_tau", "dmd"):
         # Float32 sums in another order.
         assert whole[name] == pytest.approx(cut[name], rel=1e-4, abs=1e-5), name
-    # Eq. (8)'s gradient is a difference of two that nearly cancel: x_fake and x_real are one 64th of the path
-    # from x_t.
-    assert whole["grad_norm_tau"] == pytest.approx(cut["grad_norm_tau"], rel=3e-2)
+    for name in ("grad_norm_psi", "grad_norm_theta", "grad_norm_tau"):
+        # Eq. (8)'s gradient is a difference of two that nearly cancel, x_fake and x_real being one 64th of
+        # the path from x_t: its norm is known to 8e-5 on the CPUs tried.
+        assert whole[name] == pytest.approx(cut[name], rel=1e-3), name
 
 
 def test_non_finite_iterations_are_skipped_and_stop_the_run(tmp_path, monkeypatch):
     from models.checkpoint import InputError
     monkeypatch.setattr(adm, "mse_loss", lambda a, b: (a - b).square().mean() * float("nan"))
     with pytest.raises(InputError, match="10 iterations in a row"):
-        train(tmp_path / "run", "--max-iter", 20)
+        train(tmp_path / "run", "--max-iter", 20, "--batch-size", 1, states=[10])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == list(range(1, 11))
     assert list((tmp_path / "run" / "state").glob("iter_*"))  # saved before it stopped
@@ -214,7 +216,8 @@ def test_every_line_of_algorithm_1_is_cited_in_order():
 
 
 def test_every_flag_is_used():
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("run.py", "networks.py"))
+    files = ("flags.py", "run.py", "networks.py")
+    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in files)
     fields = PRESETS["tiny-sd3"]._fields
     for name in vars(adm.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in fields, name

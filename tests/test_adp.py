@@ -1,31 +1,28 @@
-"""adp.py: Eqs. (9), (10) by hand, times and path of Sec. 4.2.1, gradients' ways, exports, ranks, refusals."""
+"""adp.py: Eqs. (9), (10) by hand, times and path of Sec. 4.2.1, gradients' ways, exports, refusals."""
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, states_saved
 from PIL import Image
-from test_parallel import assert_same_run
 from torch import Tensor, nn
 
 import adm
 import adp
 import collect_odes
 import sample
-from models.flags import resolve
 from models import networks, run
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import noise, open_pairs, uniform
 from models.diffusion import q
 from models.discriminator import SOURCES, random_vision
+from models.flags import resolve
 from models.parallel import full_tensors, init_distributed, local_rows
 from models.presets import PRESETS
 from models.text import Cond
@@ -45,13 +42,8 @@ FLOW = {"dmdx.predicts": "velocity", "dmdx.schedule": "flow"}
 
 def train(out, *flags, script=adp, states=()) -> list[dict]:
     """Run adp.py in this process; returns the rows of metrics.jsonl. Random networks are smaller than the
-    presets'. `states`: the iterations whose state is saved, which takes half of so short a run's time."""
-    def save_state(folder, iteration, *rest):
-        if iteration in states:
-            save(folder, iteration, *rest)
-    save = run.save_state
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "save_state", save_state)
+    presets'. `states`: the iterations whose state is saved."""
+    with pytest.MonkeyPatch.context() as patch, states_saved(*states):
         for name, row in SMALL.items() if "--random-weights" in flags else ():
             patch.setitem(PRESETS, name, row)
         script.main(script.parse_args(["--out", str(out), *map(str, flags)]))
@@ -434,20 +426,11 @@ def test_any_preset_can_be_pre_trained(tmp_path):
 
 # ---- runs on the embedded teacher's pairs ------------------------------------------------------------------
 
-# Small rates, as in test_parallel.py: without momentum rounding noise in a gradient near 0 is a full step.
-RATES = ["--lr-theta", 1e-5, "--lr-tau", 1e-6]
-
-
-def flags_of(pairs):
-    return ["--pairs", pairs, "--batch-size", 4, "--max-iter", 2, "--evaluate", 0, "--save-every", 1,
-            "--sample-every", 2, *RATES]
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, pairs):
-    """A run of two updates, with the state after the first. Tests that write to it take a copy."""
+    """A run of two updates."""
     out = tmp_path_factory.mktemp("adp") / "run"
-    train(out, *flags_of(pairs), states=[1])
+    train(out, "--pairs", pairs, "--batch-size", 4, "--max-iter", 2, "--evaluate", 0, "--sample-every", 2)
     return out
 
 
@@ -488,40 +471,6 @@ def test_adm_starts_from_it_and_keeps_it_apart_from_the_teacher(tmp_path, monkey
     assert set(export) == set(weights) and all(torch.equal(export[name], weights[name]) for name in export)
     metadata = open_tensors(tmp_path / "adm" / "generator.safetensors").metadata
     assert (metadata["dmdx.predicts"], metadata["dmdx.schedule"]) == ("velocity", "flow")
-
-
-def test_a_resumed_run_is_uninterrupted_bit_for_bit(tmp_path, finished, pairs):
-    out = tmp_path / "killed"
-    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("generator*", "samples"))
-    (out / "state" / "iter_99999999.tmp").mkdir()  # what a kill in the middle of saving leaves behind
-    (out / "metrics.jsonl").open("a").write('{"global_iter": 3, "gen')
-    train(out, *flags_of(pairs), "--resume")
-    assert_same_run(out, finished, exact=True)
-
-
-RANKS = """
-import json, sys
-import adp
-from models import run
-run.save_state = lambda *args: None
-for flags in json.load(open(sys.argv[1])):
-    adp.main(adp.parse_args(flags))
-"""
-
-
-def test_two_ranks_are_one_rank(tmp_path, finished, pairs):
-    variants = {"two": [], "offload": ["--offload"]}
-    (tmp_path / "ranks.py").write_text(RANKS)
-    flags = [*map(str, flags_of(pairs)), "--sample-every", "3"]
-    (tmp_path / "flags.json").write_text(json.dumps(
-        [[*flags, *more, "--out", str(tmp_path / name)] for name, more in variants.items()]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               tmp_path / "ranks.py", tmp_path / "flags.json"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(list(map(str, command)), env=env, text=True, capture_output=True, timeout=1200)
-    assert result.returncode == 0, result.stderr
-    for name in variants:
-        assert_same_run(tmp_path / name, finished)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -663,7 +612,8 @@ def test_equations_are_cited_where_they_are():
 
 
 def test_every_flag_is_used():
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in ("run.py", "networks.py"))
+    files = ("flags.py", "run.py", "networks.py")
+    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in files)
     fields = ROW._fields
     for name in vars(adp.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in fields, name

@@ -230,7 +230,8 @@ def assert_same_maps(maps, expected):
     assert len(maps) == len(expected) == 4
     for found, wanted in zip(maps, expected):
         assert wanted.std() > 0.1  # maps of nothing would agree
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        # Float32 sums in another order: 1e-5 on the CPUs tried.
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["sam.pth", "sam.safetensors", "hub", "old"])

@@ -9,7 +9,8 @@ README = (ROOT / "README.md").read_text()
 def test_ci_runs_the_readmes_test_command():
     set_up = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert commands == [set_up + ".venv/bin/python adm.py", set_up + ".venv/bin/python -m pytest -q tests"]
+    run_tests = ".venv/bin/python -m pytest -q -n 2 --dist loadfile tests"
+    assert commands == [set_up + ".venv/bin/python adm.py", set_up + run_tests]
     assert commands[1] in (ROOT / ".ci" / "run").read_text()
 
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import test_checkpoint as hub
 import torch
-from conftest import ROOT, golden
+from conftest import ROOT, golden, refusal_of
 from PIL import Image
 
 import adm
 import sample
-from models.flags import resolve, run_folder
 from models import run
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import uniform
+from models.flags import resolve, run_folder
 from models.parallel import init_distributed
 from models.presets import PRESETS
 
@@ -42,8 +42,8 @@ def refusal(*flags) -> str:
 
 
 def process(script, *flags, **environment):
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, *map(str, [script, *flags])], env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *map(str, [script, *flags])]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
 def contents(folder):
@@ -283,14 +283,12 @@ def test_another_architecture_is_refused_before_text_encoders_are_looked_for(tmp
     assert message == f"{ROW.ckpt} is not sd3-medium: depth 6 (expected 24), width 96 (expected 1536), heads 6 (expected 24)"
 
 
-@pytest.mark.parametrize("case", ["checkpoint", "prompts"])
-def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, case):
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{\n")
+    message = refusal_of("adm.py", *SMALL, "--prompts", tmp_path / "x.jsonl", "--out", tmp_path / "run")
+    assert message.startswith(f"adm.py: {tmp_path / 'x.jsonl'}: line 1 is not JSON") and message.count("\n") == 1
     path, words = damaged(tmp_path / "x.safetensors", "missing")
-    if case == "prompts":
-        path, words = tmp_path / "x.jsonl", "line 1 is not JSON"
-        path.write_text("{\n")
-    flag = "--ckpt" if case == "checkpoint" else "--prompts"
-    result = process(ROOT / "adm.py", *SMALL, flag, path, "--out", tmp_path / "run")
+    result = process(ROOT / "adm.py", *SMALL, "--ckpt", path, "--out", tmp_path / "run")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"adm.py: {path}: ") and words in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

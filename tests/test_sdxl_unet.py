@@ -1,6 +1,6 @@
 """The UNet of SDXL and SD1.5 against the original implementations' outputs and the published files' names."""
 import json
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -23,12 +23,17 @@ def shapes_of(tensors):
     return {k.removeprefix(PREFIX): tuple(v.shape) for k, v in tensors.items() if k.startswith(PREFIX)}
 
 
-def load(path):
-    """(network, (x_t, t, cond), tensors, config) of a golden file."""
+@cache
+def read(path):
+    """(tensors, weights, config) of a golden file."""
     g, meta = read_golden(path)
     about = meta["golden"]
-    c = about["config"]
-    weights = g if about["weights_stored"] else from_recipe(about)
+    return g, g if about["weights_stored"] else from_recipe(about), about["config"]
+
+
+def load(path):
+    """(network, (x_t, t, cond), tensors, config) of a golden file."""
+    g, weights, c = read(path)
     net = UNet(**config_from_shapes(shapes_of(weights)), head_dim=c.get("num_head_channels", 64),
                heads=c.get("num_heads"), groups=c["norm_groups"])
     net.load_state_dict({k.removeprefix(PREFIX): w for k, w in weights.items() if k.startswith(PREFIX)})

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from models import tiny
+from models import moving_shapes, tiny, tiny_video
 from models.checkpoint import open_tensors
 from models.diffusion import generator_times, teacher_times
 from models.presets import PRESETS
@@ -54,6 +54,30 @@ def test_teacher_draws_what_the_prompt_says(row):
     assert few["frechet"] > 2 * full["frechet"]
 
 
+def test_video_folder_is_small_and_every_word_one_token():
+    files = [path for path in tiny_video.ROW.ckpt.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6e6
+    text = tiny_video.open_text()
+    for word in {word for caption in moving_shapes.captions() for word in caption.split()}:
+        assert len(text.tokenizers[0].tokenize(word)) == 1, word
+    longest = max(moving_shapes.captions(), key=lambda caption: len(caption.split()))
+    assert 0 in text.tokenize([longest])  # nothing is cut
+    assert text.encode([longest]).context.shape == (1, 12, 128) and not text.unconditional().context.any()
+
+
+def test_video_latents_are_normalised_and_decode_to_the_same_clip():
+    _, vae, _ = tiny_video.open_video()
+    scenes = moving_shapes.random_scenes(12, range(64))
+    with torch.no_grad():
+        latents = vae.encode(moving_shapes.draw_clip(scenes))
+        labels, seen, displacement = moving_shapes.read_clip(vae.decode(latents))
+    assert latents.shape == (64, 3, 4, 8, 8)
+    assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 0.1
+    assert (seen == scenes.labels[:, None, :4]).all(2).float().mean() > 0.95
+    assert (labels[:, 4] == scenes.labels[:, 4]).float().mean() > 0.95
+    assert moving_shapes.consistency(seen, displacement) > 0.9
+
+
 def test_vision_encoder_outlines_shapes():
     """The committed encoder has the names and shapes of the one that is trained, whose loss starts at ln 2."""
     tensors = open_tensors(PRESETS["tiny-sdxl"].pixel_ckpt)
@@ -83,6 +107,18 @@ def test_training_resumes_where_it_stopped(row, tmp_path):
         for name, value in states["whole"][key].items():
             assert torch.equal(value, states["halves"][key][name]), (key, name)
     assert states["whole"]["step"] == states["halves"]["step"] == 2
+
+
+def test_normalise_changes_no_clip():
+    torch.manual_seed(1)
+    vae, clips = tiny_video.new_vae(), moving_shapes.draw_clip(moving_shapes.random_scenes(0, range(16)))
+    eps = torch.randn(16, 3, 4, 8, 8)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(clips, eps))
+        tiny_video.normalise(vae, clips)
+        after = vae.decode(vae.encode(clips, eps))
+        assert (vae.encode(clips).std((0, 1, 3, 4)) - 1).abs().max() < 1e-4  # float32 rounding
+    assert (before - after).abs().max() < 1e-4
 
 
 def test_normalise_changes_no_picture():

@@ -1,0 +1,242 @@
+"""The tiny video teacher: CogVideoX for captioned shapes that move, in the published layout.
+
+    python -m models.tiny --only cogvideox    # 45 minutes of one core
+
+Writes models/tiny/cogvideox/: transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ with the
+config.json of each, and prompts.txt. The VAE halves size and frames twice: 9 frames of 32 x 32 are 3 latents
+of 8 x 8.
+
+Letters: B clips, F frames, T latent frames, Z h w latent, L tokens, D width.
+"""
+import json
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+
+from models.checkpoint import load, open_tensors, save_safetensors
+from models.cogvideox import CogVideoX
+from models.cogvideox_vae import CogVideoXVAE
+from models.data import film_strip, noise, save_grid, save_rows
+from models.diffusion import Denoiser, generator_times, solve, teacher_times
+from models.moving_shapes import (
+    Scenes,
+    caption_index,
+    captions,
+    draw_clip,
+    evaluate,
+    evaluation_prompts,
+    parse,
+    random_scenes,
+    reference,
+)
+from models.presets import PRESETS
+from models.text import CogVideoXText, Cond, load_tokenizers
+from models.tiny import FOLDER, denoiser_loss, t5_text, train, write_t5_tokenizer
+
+ROW = PRESETS["tiny-cogvideox"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLIPS = 8192  # of the denoiser's training
+STEPS = {"vae": 2400, "cogvideox": 4000}
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+def new_denoiser() -> CogVideoX:
+    """Initialised as diffusion transformers are: gates and output zero, so every block starts as identity."""
+    net = CogVideoX(**ROW.config)
+    for name, p in net.named_parameters():
+        if name.endswith("bias") or ".linear.weight" in name or name == "proj_out.weight":
+            nn.init.zeros_(p)
+        elif p.ndim >= 2:
+            nn.init.xavier_uniform_(p.view(p.shape[0], -1))
+    return net
+
+
+def write_configs(folder: Path, words: int) -> None:
+    """What diffusers reads beside the weights; `words`: size of T5's vocabulary."""
+    net, vae, side = ROW.config, ROW.vae, ROW.size[0] // ROW.vae_factor
+    levels = len(vae["ch"])
+    configs = {
+        "transformer": dict(
+            _class_name="CogVideoXTransformer3DModel", num_layers=net["depth"],
+            num_attention_heads=net["heads"], attention_head_dim=net["head_dim"], patch_size=net["patch"],
+            in_channels=net["in_channels"], out_channels=net["in_channels"], text_embed_dim=net["text_dim"],
+            time_embed_dim=net["time_dim"], max_text_seq_length=ROW.t5_length, sample_height=side,
+            sample_width=side, sample_frames=ROW.frames, temporal_compression_ratio=ROW.vae_frames,
+            use_rotary_positional_embeddings=net["rotary"], spatial_interpolation_scale=1.875,
+            temporal_interpolation_scale=1.0),
+        "vae": dict(
+            _class_name="AutoencoderKLCogVideoX", block_out_channels=vae["ch"],
+            layers_per_block=vae["num_res_blocks"], latent_channels=vae["z_channels"],
+            norm_num_groups=vae["groups"], scaling_factor=vae["scale"],
+            temporal_compression_ratio=ROW.vae_frames, sample_height=ROW.size[0], sample_width=ROW.size[1],
+            down_block_types=["CogVideoXDownBlock3D"] * levels,
+            up_block_types=["CogVideoXUpBlock3D"] * levels),
+        "text_encoder": dict(
+            architectures=["T5EncoderModel"], model_type="t5", vocab_size=words, d_model=net["text_dim"],
+            d_kv=64, d_ff=128, num_heads=2, num_layers=1, feed_forward_proj="gated-gelu"),
+        "scheduler": dict(
+            _class_name="CogVideoXDDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
+            beta_end=0.012, prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
+            timestep_spacing="trailing", clip_sample=False),
+    }
+    for name, config in configs.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (folder / name / file).write_text(json.dumps(config, indent=2) + "\n")
+    index = dict(_class_name="CogVideoXPipeline", scheduler=["diffusers", "CogVideoXDDIMScheduler"],
+                 text_encoder=["transformers", "T5EncoderModel"], tokenizer=["transformers", "T5Tokenizer"],
+                 transformer=["diffusers", "CogVideoXTransformer3DModel"],
+                 vae=["diffusers", "AutoencoderKLCogVideoX"])
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save(part: str, weights: dict[str, Tensor], name: str = WEIGHTS) -> None:
+    save_safetensors(ROW.ckpt / part / name, {key: p.half() for key, p in weights.items()})
+
+
+def write_text() -> None:
+    words = {word for text in captions() for word in text.split()}
+    words = sorted(words, key=lambda word: (-len(word), word))
+    size = write_t5_tokenizer(ROW.ckpt / "tokenizer", words, ROW.t5_length)
+    write_configs(ROW.ckpt, size)
+    save("text_encoder", t5_text("", size, torch.Generator().manual_seed(0)), "model.safetensors")
+    ROW.prompts.write_text("\n".join(captions()[:-1]) + "\n")
+
+
+def open_video() -> tuple[Denoiser, CogVideoXVAE, CogVideoXText]:
+    """Denoiser, autoencoder and text encoder of the committed folder."""
+    net, vae = CogVideoX(**ROW.config), CogVideoXVAE(**ROW.vae)
+    load(net, open_tensors(ROW.ckpt / "transformer"))
+    load(vae, open_tensors(ROW.ckpt / "vae"))
+    return Denoiser(net, ROW.predicts, ROW.schedule), vae, open_text()
+
+
+def open_text() -> CogVideoXText:
+    parts = {"t5": open_tensors(ROW.ckpt / "text_encoder")}
+    return CogVideoXText(parts, load_tokenizers(ROW.tokenizers, t5=False), ROW.t5_length).load(parts)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+def new_vae() -> CogVideoXVAE:
+    """The decoder's norms start near plain ones: what the latent adds to scale 1 and shift 0 is small."""
+    vae = CogVideoXVAE(**ROW.vae)
+    for name, p in vae.named_parameters():
+        if name.endswith("conv_y.conv.bias"):
+            nn.init.ones_(p)
+    return vae
+
+
+def vae_clips(step: int) -> Tensor:
+    """16 windows of 16 x 16 near the path's middle, for the last quarter of the steps 4 whole clips: at the
+    same cost windows show four times as many shapes, and the network learns in half the time."""
+    if step >= 0.75 * STEPS["vae"]:
+        return draw_clip(random_scenes(21, range(4 * step, 4 * step + 4)), ROW.frames)
+    scenes = random_scenes(20, range(16 * step, 16 * step + 16))
+    g = torch.Generator().manual_seed(step)
+    corners = scenes.middle.long() - 10 + 4 * torch.randint(2, (16, 2), generator=g)  # on the latent's grid
+    windows = [clip[..., y:y + 16, x:x + 16]
+               for clip, (x, y) in zip(draw_clip(scenes, ROW.frames), corners.clamp(0, 16).tolist())]
+    return torch.stack(windows)
+
+
+def vae_loss(net: CogVideoXVAE, step: int) -> Tensor:
+    """Reconstruction and a light KL term."""
+    clips = vae_clips(step)
+    mean, logvar = net.moments(clips)
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    decoded = net.decode(mean + torch.exp(0.5 * logvar) * eps, chunk=None)
+    return mse_loss(decoded, clips) + 0.1 * l1_loss(decoded, clips) + 3e-5 * kl
+
+
+@torch.no_grad()
+def normalise(vae: CogVideoXVAE, clips: Tensor) -> None:
+    """Fold a scale per latent channel into the weights: the data's latents then have standard deviation 1.
+    The decoder reads the latent in its first layer and in each of its norms."""
+    std = vae.encode(clips).std((0, 1, 3, 4))
+    last = vae.encoder.conv_out.conv
+    last.weight[:len(std)] /= std[:, None, None, None, None]  # the mean's rows
+    last.bias[:len(std)] /= std
+    last.bias[len(std):] -= 2 * std.log()  # the log-variance's
+    for name, p in vae.decoder.named_parameters():
+        if name == "conv_in.conv.weight" or name.endswith(("conv_y.conv.weight", "conv_b.conv.weight")):
+            p *= std[:, None, None, None]
+
+
+def encode_captions(text: CogVideoXText) -> Cond:
+    """Conditions of `captions()`, the last of them guidance's unconditional, zeros."""
+    known, null = text.encode(captions()[:-1]), text.unconditional()
+    return Cond(*(torch.cat(pair) for pair in zip(known, null)))
+
+
+@torch.no_grad()
+def generate(F: Denoiser, vae: CogVideoXVAE, table: Cond, prompts: list[str], tn: Tensor,
+             cfg: float | None) -> Tensor:
+    """Clips (B F 3 H W) for prompts among `captions()`; clip i starts from the noise of index i."""
+    clips, side = [], ROW.size[0] // ROW.vae_factor
+    shape = ((ROW.frames - 1) // ROW.vae_frames + 1, ROW.latent_channels, side, side)
+    for start in range(0, len(prompts), 64):
+        index = caption_index(parse(prompts[start:start + 64]))
+        z = noise(shape, 0, 0, "sample", list(range(start, start + len(index))))
+        c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
+        w = None if cfg is None else torch.full((len(index),), cfg)
+        clips.append(vae.decode(solve(F, z, tn, c, null, w)))
+    return torch.cat(clips)
+
+
+def report(path: Path, F: Denoiser, vae: CogVideoXVAE, table: Cond, settings: list[tuple],
+           count: int) -> None:
+    """Print the figures of the data and of the teacher at each (steps, guidance); save film strips and, of
+    the last setting, an MP4."""
+    prompts, rows = evaluation_prompts(count), []
+    for setting in (None, *settings):
+        label, clips = "data", reference(prompts, 3, frames=ROW.frames)
+        if setting:
+            steps, cfg = setting
+            label = f"teacher, {steps} step{'s' * (steps > 1)}" + (f", guidance {cfg:g}" if cfg else "")
+            times = teacher_times if steps >= 20 else generator_times
+            clips = generate(F, vae, table, prompts, times(steps, ROW.shift, ROW.schedule), cfg)
+        figures = evaluate(clips, prompts)
+        print(f"{label:30}" + "".join(f"  {name} {value:.4f}" for name, value in figures.items()), flush=True)
+        rows.append((label, film_strip(clips[:4], 5)))
+    save_rows(path, rows, least=64)
+    save_grid(path, clips[:16], columns=4)
+
+
+def train_vae(out: Path) -> CogVideoXVAE:
+    torch.manual_seed(0)
+    vae = train("video_vae", new_vae(), vae_loss, STEPS["vae"], 2e-3, out)
+    with torch.no_grad():
+        normalise(vae, draw_clip(random_scenes(11, range(256)), ROW.frames))
+    return vae
+
+
+def train_video(out: Path) -> None:
+    """Write models/tiny/cogvideox/ and samples of it."""
+    write_text()
+    vae = train_vae(out)
+    save("vae", vae.state_dict())
+    load(vae, open_tensors(ROW.ckpt / "vae"))  # as it is stored
+    table, scenes = encode_captions(open_text()), random_scenes(11, range(CLIPS))
+    with torch.no_grad():
+        parts = zip(*(x.split(64) for x in scenes))
+        latents = torch.cat([vae.encode(draw_clip(Scenes(*part), ROW.frames)) for part in parts])  # B T Z h w
+
+    def look(average: nn.Module, step: int) -> None:
+        report(out / f"cogvideox_{step:06d}.png", Denoiser(average, ROW.predicts, ROW.schedule), vae, table,
+               [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 128)
+
+    torch.manual_seed(0)
+    loss = denoiser_loss(ROW, latents, scenes.labels, table, caption_index)
+    net = train("cogvideox", new_denoiser(), loss, STEPS["cogvideox"], 2e-3, out, look=look)
+    save("transformer", net.state_dict())
+    F, vae, _ = open_video()
+    settings = list(product((1, 2, 4, 8, ROW.teacher_steps), (None, 3.0)))
+    report(FOLDER / "teacher_cogvideox.png", F, vae, table, settings, 640)
+    total = sum(path.stat().st_size for path in ROW.ckpt.rglob("*") if path.is_file())
+    print(f"{ROW.ckpt}: {total / 1e6:.2f} MB", flush=True)
