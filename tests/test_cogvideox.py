@@ -97,11 +97,9 @@ def test_v_taps_and_inner_values_equal_the_original(path):
     assert "out/v" in compared and any(f"mid/block{i}.video" in compared for i in taps)
 
 
-@every
+@pytest.mark.parametrize("path", [p for p in SMALL if "grad/probe" in read_golden(p)[0]], ids=lambda p: p.stem)
 def test_gradients_equal_the_original(path):
     net, tensors, (x, t, (context, pooled)) = load_case(path)
-    if "grad/probe" not in tensors:
-        pytest.skip("without gradients")
     x, context = x.requires_grad_(), context.requires_grad_()
     (net(x, t, (context, pooled)) * tensors["grad/probe"]).sum().backward()
     close(x.grad, tensors["grad/in.latents"], atol=1e-3)  # COGVIDEOX.md; a sum over all outputs
@@ -124,11 +122,10 @@ def test_taps_stop_after_the_last_one(path):
     assert [tuple(m.shape) for m in maps] == [(len(x), *shape) for shape in shapes.values()]
 
 
-@every
+# Not the probe, whose inputs are as small as the eps.
+@pytest.mark.parametrize("path", [p for p in SMALL if "eps" not in p.stem], ids=lambda p: p.stem)
 def test_bf16_is_the_same_network(path):
     net, tensors, inputs = load_case(path)
-    if "eps" in path.stem:
-        pytest.skip("made for inputs as small as the eps")
     with torch.no_grad():
         v = net.bfloat16()(*inputs)
     # bf16 has 3 digits; another function than the original's would be off by about the deviation itself.
