@@ -85,12 +85,13 @@ def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
-    args.model = args.model or exported(args).get("dmdx.model", "tiny-sd3")
-    args.null_prompt = args.null_prompt or exported(args).get("dmdx.null_prompt")
+    own = exported(args)
+    args.model = args.model or own.get("dmdx.model", "tiny-sd3")
+    args.null_prompt = args.null_prompt or own.get("dmdx.null_prompt")
     row = flags.resolve_model(args)
     flags.at_least_1(args, ("count", "steps", "batch"))
     net = networks.load_network(args, row, mesh, device)
-    metadata = networks.source(args, row).metadata | exported(args)
+    metadata = networks.source(args, row).metadata | own
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net), args.lora_scale)
     student = "dmdx.steps" in metadata
