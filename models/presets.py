@@ -190,12 +190,12 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
 # z, text and clips as models/tiny_video.py makes them: 9 frames are 3 latent frames, one published chunk.
 PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
     config=dict(depth=6, heads=6, head_dim=16, in_channels=4, text_dim=128, time_dim=96, patch=2,
-                rotary=False),
+                rotary=False, interpolation=0.625),  # 1.875 would leave the 4 columns within 1.6 rad
     ckpt=HERE / "tiny" / "cogvideox", repo="", tokenizers=str(HERE / "tiny" / "cogvideox"),
     latent_channels=4, vae_factor=4,
     vae=dict(ch=(16, 32, 32), num_res_blocks=1, z_channels=4, scale=1.0, groups=4, time_levels=2),
     t5_length=12, size=(32, 32), frames=9, teacher_cfg=3.0, cfg=(2.0, 4.0), steps=2,
     lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
-    max_iter=200, head_width=64, decode_batch=16,
-    prompts=HERE / "tiny" / "cogvideox" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=256,
+    max_iter=300, head_width=64, decode_batch=16,
+    prompts=HERE / "tiny" / "cogvideox" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=512,
     procedural=True)

@@ -1,6 +1,6 @@
 """The embedded default: tiny teachers for captioned shapes, in the layouts of their big siblings.
 
-    python -m models.tiny                # all of them, less than two hours on two cores
+    python -m models.tiny                # all of them, three and a half hours
     python -m models.tiny --only sdxl    # one: sd3 (with the image models' VAE), sdxl, sam or cogvideox
 
 Writes models/tiny/: tiny_sd3.safetensors (MMDiT, flow), tiny_sdxl.safetensors (UNet, epsilon),
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -24,25 +25,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss, mse_loss, pixel_shuffle
 from transformers import SamVisionConfig, SamVisionModel, T5Tokenizer
 
+from models import moving_shapes, shapes
 from models.checkpoint import load, open_tensors, replacing, save_safetensors
-from models.data import noise, save_rows
+from models.data import film_strip, noise, save_rows
 from models.diffusion import Denoiser, generator_times, q, random_time, solve, target, teacher_times
 from models.discriminator import VisionEncoder, original_name
-from models.networks import FAMILIES
+from models.networks import FAMILIES, latent_shape
 from models.presets import PRESETS, Preset
-from models.shapes import (
-    SIZE,
-    Scenes,
-    caption_index,
-    captions,
-    coverage,
-    draw,
-    evaluate,
-    evaluation_prompts,
-    parse,
-    random_scenes,
-    reference,
-)
+from models.shapes import SIZE, Scenes, captions, coverage, draw, random_scenes
 from models.text import Cond, SD3Text, SDXLText, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
 
@@ -272,25 +262,36 @@ def normalise(vae: AutoencoderKL, images: Tensor) -> None:
     vae.decoder.conv_in.weight *= std[:, None, None]
 
 
-def encode_captions(text: SD3Text | SDXLText) -> Cond:
-    """Conditions of `captions()`, the last of them guidance's unconditional."""
-    known, null = text.encode(captions()[:-1]), text.unconditional()
+def data_of(row: Preset) -> ModuleType:
+    """Where a model's pictures or clips, captions and evaluator come from."""
+    return moving_shapes if row.frames else shapes
+
+
+def encode_captions(row: Preset, text: nn.Module) -> Cond:
+    """Conditions of the data's `captions()`, the last of them guidance's unconditional."""
+    known, null = text.encode(data_of(row).captions()[:-1]), text.unconditional()
     return Cond(*(torch.cat(pair) for pair in zip(known, null)))
 
 
+def image_times(schedule: str, g: torch.Generator) -> Tensor:
+    """Training times t (B,): of flow logit-normal, as outlines form at 0.3 to 0.8; else uniform."""
+    if schedule == "flow":
+        return torch.sigmoid(0.4 + torch.randn(BATCH, generator=g))
+    return random_time(schedule, torch.rand(BATCH, generator=g))
+
+
 def denoiser_loss(row: Preset, latents: Tensor, labels: Tensor, table: Cond,
-                  index: Callable = caption_index) -> Callable:
-    """Eq. (2) or (3) with prompt dropout, each attribute named at probability 0.7. `table`: conditions of all
-    captions in the order of `index`, and last guidance's unconditional."""
+                  share: float = 0.7, times: Callable | None = None) -> Callable:
+    """Eq. (2) or (3) with prompt dropout, each attribute named at probability `share`. `table`: of
+    `encode_captions`. `times(step, g)`: t (B,), by default `image_times`."""
+    index = data_of(row).caption_index
+
     def loss_at(net: nn.Module, step: int) -> Tensor:
         g = torch.Generator().manual_seed(step)
         i = torch.randint(len(latents), (BATCH,), generator=g)
-        named = torch.where(torch.rand(BATCH, labels.shape[1], generator=g) < 0.7, labels[i], -1)
+        named = torch.where(torch.rand(BATCH, labels.shape[1], generator=g) < share, labels[i], -1)
         prompt = torch.where(torch.rand(BATCH, generator=g) < 0.1, len(table.context) - 1, index(named))
-        if row.schedule == "flow":  # logit-normal: outlines form at 0.3 to 0.8
-            t = torch.sigmoid(0.4 + torch.randn(BATCH, generator=g))
-        else:
-            t = random_time(row.schedule, torch.rand(BATCH, generator=g))
+        t = times(step, g) if times else image_times(row.schedule, g)
         x_0, eps = latents[i], torch.randn(BATCH, *latents.shape[1:], generator=g)
         prediction = net(q(row.schedule, x_0, t, eps), t, (table.context[prompt], table.pooled[prompt]))
         return mse_loss(prediction, target(row.predicts, row.schedule, x_0, t, eps))
@@ -298,33 +299,35 @@ def denoiser_loss(row: Preset, latents: Tensor, labels: Tensor, table: Cond,
 
 
 @torch.no_grad()
-def generate(F: Denoiser, vae: AutoencoderKL, table: Cond, prompts: list[str], tn: Tensor,
+def generate(row: Preset, F: Denoiser, vae: nn.Module, table: Cond, prompts: list[str], tn: Tensor,
              cfg: float | None) -> Tensor:
-    """Pictures (B 3 H W) for prompts among `captions()`; picture i starts from the noise of index i."""
-    images, shape = [], (vae.z_channels, SIZE // vae.factor, SIZE // vae.factor)
-    for start in range(0, len(prompts), 128):
-        index = caption_index(parse(prompts[start:start + 128]))
-        z = noise(shape, 0, 0, "sample", list(range(start, start + len(index))))
+    """Pictures (B 3 H W) or clips (B F 3 H W) for prompts among the captions; number i starts from the noise
+    of index i."""
+    data, samples = data_of(row), []
+    for start in range(0, len(prompts), 64):
+        index = data.caption_index(data.parse(prompts[start:start + 64]))
+        z = noise(latent_shape(row, row), 0, 0, "sample", list(range(start, start + len(index))))
         c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
         w = None if cfg is None else torch.full((len(index),), cfg)
-        images.append(vae.decode(solve(F, z, tn, c, null, w)))
-    return torch.cat(images)
+        samples.append(vae.decode(solve(F, z, tn, c, null, w)))
+    return torch.cat(samples)
 
 
-def report(path: Path, row: Preset, F: Denoiser, vae: AutoencoderKL, table: Cond, settings: list[tuple],
+def report(path: Path, row: Preset, F: Denoiser, vae: nn.Module, table: Cond, settings: list[tuple],
            count: int) -> None:
     """Print the figures of the data and of the teacher at each (steps, guidance), save samples of each."""
-    prompts, rows = evaluation_prompts(count), []
+    data, rows = data_of(row), []
+    prompts = data.evaluation_prompts(count)
     for setting in (None, *settings):
-        label, images = "data", reference(prompts, seed=3)
+        label, samples = "data", data.reference(prompts, seed=3)
         if setting:
             steps, cfg = setting
             label = f"teacher, {steps} step{'s' * (steps > 1)}" + (f", guidance {cfg:g}" if cfg else "")
             tn = (teacher_times if steps >= 20 else generator_times)(steps, row.shift, row.schedule)
-            images = generate(F, vae, table, prompts, tn, cfg)
-        figures = evaluate(images, prompts)
+            samples = generate(row, F, vae, table, prompts, tn, cfg)
+        figures = data.evaluate(samples, prompts)
         print(f"{label:30}" + "".join(f"  {name} {value:.4f}" for name, value in figures.items()), flush=True)
-        rows.append((label, images[:16]))
+        rows.append((label, film_strip(samples[:4], 5) if row.frames else samples[:16]))
     save_rows(path, rows, least=64)
 
 
@@ -358,7 +361,7 @@ def train_teacher(name: str, out: Path) -> None:
     net = (new_mmdit if name == "sd3" else new_unet)(row.config)
     export(net)
     _, vae, text = open_teacher(row)
-    table, scenes = encode_captions(text), random_scenes(11, range(PICTURES))
+    table, scenes = encode_captions(row, text), random_scenes(11, range(PICTURES))
     with torch.no_grad():
         parts = zip(*(x.split(512) for x in scenes))
         latents = torch.cat([vae.encode(draw(Scenes(*part))) for part in parts])  # B Z h w

@@ -1,6 +1,6 @@
 """The tiny video teacher: CogVideoX for captioned shapes that move, in the published layout.
 
-    python -m models.tiny --only cogvideox    # 45 minutes of one core
+    python -m models.tiny --only cogvideox    # VAE 24, denoiser 117 minutes of one core
 
 Writes models/tiny/cogvideox/: transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ with the
 config.json of each, and prompts.txt. The VAE halves size and frames twice: 9 frames of 32 x 32 are 3 latents
@@ -9,6 +9,7 @@ of 8 x 8.
 Letters: B clips, F frames, T latent frames, Z h w latent, L tokens, D width.
 """
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -19,27 +20,33 @@ from torch.nn.functional import l1_loss, mse_loss
 from models.checkpoint import load, open_tensors, save_safetensors
 from models.cogvideox import CogVideoX
 from models.cogvideox_vae import CogVideoXVAE
-from models.data import film_strip, noise, save_grid, save_rows
-from models.diffusion import Denoiser, generator_times, solve, teacher_times
-from models.moving_shapes import (
-    Scenes,
-    caption_index,
-    captions,
-    draw_clip,
-    evaluate,
-    evaluation_prompts,
-    parse,
-    random_scenes,
-    reference,
-)
+from models.diffusion import Denoiser, alpha_sigma
+from models.moving_shapes import Scenes, captions, draw_clip, random_scenes
 from models.presets import PRESETS
-from models.text import CogVideoXText, Cond, load_tokenizers
-from models.tiny import FOLDER, denoiser_loss, t5_text, train, write_t5_tokenizer
+from models.text import CogVideoXText, load_tokenizers
+from models.tiny import (
+    BATCH,
+    FOLDER,
+    denoiser_loss,
+    encode_captions,
+    report,
+    t5_text,
+    train,
+    write_t5_tokenizer,
+)
 
 ROW = PRESETS["tiny-cogvideox"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIPS = 8192  # of the denoiser's training
-STEPS = {"vae": 2400, "cogvideox": 4000}
+STEPS = {"vae": 2400, "vae_noise": 1400}
+# Of the denoiser: name, steps, learning rate, probability of each attribute to be named, mean logit of the
+# noise. Little noise teaches outlines; shape and direction are decided in much, at t of 0.6 to 0.8; the last
+# stage has more prompts that leave most things open, where a sample must choose.
+STAGES = (
+    ("cogvideox", 7000, 2e-3, 0.7, lambda step: 0.0 if step < 3000 else 1.2),
+    ("cogvideox_noise", 7000, 2e-3, 0.7, lambda step: 1.6),
+    ("cogvideox_open", 3500, 1e-3, 0.5, lambda step: 1.6),
+)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -66,7 +73,7 @@ def write_configs(folder: Path, words: int) -> None:
             in_channels=net["in_channels"], out_channels=net["in_channels"], text_embed_dim=net["text_dim"],
             time_embed_dim=net["time_dim"], max_text_seq_length=ROW.t5_length, sample_height=side,
             sample_width=side, sample_frames=ROW.frames, temporal_compression_ratio=ROW.vae_frames,
-            use_rotary_positional_embeddings=net["rotary"], spatial_interpolation_scale=1.875,
+            use_rotary_positional_embeddings=net["rotary"], spatial_interpolation_scale=net["interpolation"],
             temporal_interpolation_scale=1.0),
         "vae": dict(
             _class_name="AutoencoderKLCogVideoX", block_out_channels=vae["ch"],
@@ -131,88 +138,70 @@ def new_vae() -> CogVideoXVAE:
     return vae
 
 
-def vae_clips(step: int) -> Tensor:
-    """16 windows of 16 x 16 near the path's middle, for the last quarter of the steps 4 whole clips: at the
+def vae_clips(step: int, windows: int, seed: int) -> Tensor:
+    """16 windows of 16 x 16 near the path's middle for the first `windows` steps, then 4 whole clips: at the
     same cost windows show four times as many shapes, and the network learns in half the time."""
-    if step >= 0.75 * STEPS["vae"]:
-        return draw_clip(random_scenes(21, range(4 * step, 4 * step + 4)), ROW.frames)
-    scenes = random_scenes(20, range(16 * step, 16 * step + 16))
+    if step >= windows:
+        return draw_clip(random_scenes(seed + 1, range(4 * step, 4 * step + 4)), ROW.frames)
+    scenes = random_scenes(seed, range(16 * step, 16 * step + 16))
     g = torch.Generator().manual_seed(step)
     corners = scenes.middle.long() - 10 + 4 * torch.randint(2, (16, 2), generator=g)  # on the latent's grid
-    windows = [clip[..., y:y + 16, x:x + 16]
-               for clip, (x, y) in zip(draw_clip(scenes, ROW.frames), corners.clamp(0, 16).tolist())]
-    return torch.stack(windows)
+    clips = [clip[..., y:y + 16, x:x + 16]
+             for clip, (x, y) in zip(draw_clip(scenes, ROW.frames), corners.clamp(0, 16).tolist())]
+    return torch.stack(clips)
 
 
-def vae_loss(net: CogVideoXVAE, step: int) -> Tensor:
-    """Reconstruction and a light KL term."""
-    clips = vae_clips(step)
-    mean, logvar = net.moments(clips)
-    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    decoded = net.decode(mean + torch.exp(0.5 * logvar) * eps, chunk=None)
-    return mse_loss(decoded, clips) + 0.1 * l1_loss(decoded, clips) + 3e-5 * kl
+def vae_loss(windows: int, seed: int, noise: float, kl_weight: float) -> Callable:
+    """Reconstruction and KL; the decoder sees the posterior's sample with `noise` standard deviations of the
+    latent on top."""
+    def loss_at(net: CogVideoXVAE, step: int) -> Tensor:
+        clips = vae_clips(step, windows, seed)
+        mean, logvar = net.moments(clips)
+        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        std = torch.exp(0.5 * logvar) + noise * mean.std((0, 1, 3, 4), keepdim=True)
+        decoded = net.decode(mean + std * eps, chunk=None)
+        return mse_loss(decoded, clips) + 0.1 * l1_loss(decoded, clips) + kl_weight * kl
+    return loss_at
 
 
 @torch.no_grad()
 def normalise(vae: CogVideoXVAE, clips: Tensor) -> None:
-    """Fold a scale per latent channel into the weights: the data's latents then have standard deviation 1.
-    The decoder reads the latent in its first layer and in each of its norms."""
-    std = vae.encode(clips).std((0, 1, 3, 4))
-    last = vae.encoder.conv_out.conv
-    last.weight[:len(std)] /= std[:, None, None, None, None]  # the mean's rows
-    last.bias[:len(std)] /= std
-    last.bias[len(std):] -= 2 * std.log()  # the log-variance's
-    for name, p in vae.decoder.named_parameters():
-        if name == "conv_in.conv.weight" or name.endswith(("conv_y.conv.weight", "conv_b.conv.weight")):
-            p *= std[:, None, None, None]
+    """Fold a shift and a scale per latent channel into the weights: the data's latents then have mean 0 and
+    standard deviation 1. The decoder reads the latent in its first layer and in each of its norms; only what
+    the first layer's zero padding stands for changes, at the border."""
+    z = vae.encode(clips)
+    mean, std = z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4))
+    last, Z = vae.encoder.conv_out.conv, len(std)
+    last.weight[:Z] /= std[:, None, None, None, None]  # the mean's rows
+    last.bias[:Z] = (last.bias[:Z] - mean) / std
+    last.bias[Z:] -= 2 * std.log()  # the log-variance's
+    for name, conv in vae.decoder.named_modules():
+        if name == "conv_in.conv" or name.endswith(("conv_y.conv", "conv_b.conv")):
+            conv.bias += (conv.weight * mean[:, None, None, None]).sum((1, 2, 3, 4))
+            conv.weight *= std[:, None, None, None]
 
 
-def encode_captions(text: CogVideoXText) -> Cond:
-    """Conditions of `captions()`, the last of them guidance's unconditional, zeros."""
-    known, null = text.encode(captions()[:-1]), text.unconditional()
-    return Cond(*(torch.cat(pair) for pair in zip(known, null)))
-
-
-@torch.no_grad()
-def generate(F: Denoiser, vae: CogVideoXVAE, table: Cond, prompts: list[str], tn: Tensor,
-             cfg: float | None) -> Tensor:
-    """Clips (B F 3 H W) for prompts among `captions()`; clip i starts from the noise of index i."""
-    clips, side = [], ROW.size[0] // ROW.vae_factor
-    shape = ((ROW.frames - 1) // ROW.vae_frames + 1, ROW.latent_channels, side, side)
-    for start in range(0, len(prompts), 64):
-        index = caption_index(parse(prompts[start:start + 64]))
-        z = noise(shape, 0, 0, "sample", list(range(start, start + len(index))))
-        c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
-        w = None if cfg is None else torch.full((len(index),), cfg)
-        clips.append(vae.decode(solve(F, z, tn, c, null, w)))
-    return torch.cat(clips)
-
-
-def report(path: Path, F: Denoiser, vae: CogVideoXVAE, table: Cond, settings: list[tuple],
-           count: int) -> None:
-    """Print the figures of the data and of the teacher at each (steps, guidance); save film strips and, of
-    the last setting, an MP4."""
-    prompts, rows = evaluation_prompts(count), []
-    for setting in (None, *settings):
-        label, clips = "data", reference(prompts, 3, frames=ROW.frames)
-        if setting:
-            steps, cfg = setting
-            label = f"teacher, {steps} step{'s' * (steps > 1)}" + (f", guidance {cfg:g}" if cfg else "")
-            times = teacher_times if steps >= 20 else generator_times
-            clips = generate(F, vae, table, prompts, times(steps, ROW.shift, ROW.schedule), cfg)
-        figures = evaluate(clips, prompts)
-        print(f"{label:30}" + "".join(f"  {name} {value:.4f}" for name, value in figures.items()), flush=True)
-        rows.append((label, film_strip(clips[:4], 5)))
-    save_rows(path, rows, least=64)
-    save_grid(path, clips[:16], columns=4)
+def video_times(mean: float, g: torch.Generator) -> Tensor:
+    """Training times t (B,) whose signal-to-noise ratio is that of logit-normal flow times around
+    sigmoid(mean)."""
+    flow = torch.sigmoid(mean + torch.randn(BATCH, generator=g))
+    grid = torch.arange(1, 1001) / 1000
+    alpha, sigma = alpha_sigma(ROW.schedule, grid, grid)
+    return grid[torch.searchsorted(sigma / (alpha + sigma), flow).clamp_max(999)]
 
 
 def train_vae(out: Path) -> CogVideoXVAE:
+    """Twice: to reconstruct, then to bear noise in the latent, without which the denoiser's small errors
+    decode to no shape at all."""
+    data = draw_clip(random_scenes(11, range(256)), ROW.frames)
     torch.manual_seed(0)
-    vae = train("video_vae", new_vae(), vae_loss, STEPS["vae"], 2e-3, out)
-    with torch.no_grad():
-        normalise(vae, draw_clip(random_scenes(11, range(256)), ROW.frames))
+    first = vae_loss(windows=1800, seed=20, noise=0.0, kl_weight=3e-5)
+    vae = train("video_vae", new_vae(), first, STEPS["vae"], 2e-3, out)
+    normalise(vae, data)
+    second = vae_loss(windows=700, seed=22, noise=0.3, kl_weight=1e-3)
+    vae = train("video_vae_noise", vae.requires_grad_(), second, STEPS["vae_noise"], 1.5e-3, out)
+    normalise(vae, data)
     return vae
 
 
@@ -222,21 +211,24 @@ def train_video(out: Path) -> None:
     vae = train_vae(out)
     save("vae", vae.state_dict())
     load(vae, open_tensors(ROW.ckpt / "vae"))  # as it is stored
-    table, scenes = encode_captions(open_text()), random_scenes(11, range(CLIPS))
+    table, scenes = encode_captions(ROW, open_text()), random_scenes(11, range(CLIPS))
     with torch.no_grad():
         parts = zip(*(x.split(64) for x in scenes))
         latents = torch.cat([vae.encode(draw_clip(Scenes(*part), ROW.frames)) for part in parts])  # B T Z h w
 
     def look(average: nn.Module, step: int) -> None:
-        report(out / f"cogvideox_{step:06d}.png", Denoiser(average, ROW.predicts, ROW.schedule), vae, table,
-               [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 128)
+        report(out / f"cogvideox_{step:06d}.png", ROW, Denoiser(average, ROW.predicts, ROW.schedule), vae,
+               table, [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 256)
 
     torch.manual_seed(0)
-    loss = denoiser_loss(ROW, latents, scenes.labels, table, caption_index)
-    net = train("cogvideox", new_denoiser(), loss, STEPS["cogvideox"], 2e-3, out, look=look)
+    net = new_denoiser()
+    for name, steps, lr, share, noisiness in STAGES:
+        loss = denoiser_loss(ROW, latents, scenes.labels, table, share,
+                             lambda step, g: video_times(noisiness(step), g))
+        net = train(name, net.requires_grad_(), loss, steps, lr, out, look=look)
     save("transformer", net.state_dict())
     F, vae, _ = open_video()
     settings = list(product((1, 2, 4, 8, ROW.teacher_steps), (None, 3.0)))
-    report(FOLDER / "teacher_cogvideox.png", F, vae, table, settings, 640)
+    report(FOLDER / "teacher_cogvideox.png", ROW, F, vae, table, settings, 640)
     total = sum(path.stat().st_size for path in ROW.ckpt.rglob("*") if path.is_file())
     print(f"{ROW.ckpt}: {total / 1e6:.2f} MB", flush=True)

@@ -6,7 +6,6 @@ count, alternating in one run, for the position embeddings of 2b and of 5b.
 Prints the largest difference of the two outputs and the ratio of the fastest times, ours / theirs.
 """
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.cogvideox import CogVideoX  # noqa: E402
+from tests.bench import race  # noqa: E402
 
 DEPTH, HEADS, HEAD_DIM, TEXT, BATCH, ROUNDS = 4, 6, 64, 32, 2, 12
 T, H, W = 5, 16, 24
@@ -34,19 +34,6 @@ for rotary in (False, True):
     if rotary:  # made once per video, as the pipeline does; ours is kept from call to call
         table = get_3d_rotary_pos_embed(HEAD_DIM, ((0, 0), (H // 2, W // 2)), (H // 2, W // 2), T)
     calls = {"ours": lambda: ours(x, (index + 1) / 1000, (context, None)),
-             "theirs": lambda: theirs(x, context, index, image_rotary_emb=table, return_dict=False)[0]}
-    with torch.no_grad():
-        print(f"{'rotary' if rotary else 'sincos'}: "
-              f"largest difference {(calls['ours']() - calls['theirs']()).abs().max():.1e}")
-    for mode in ("forward", "forward+backward"):
-        best = dict.fromkeys(calls, float("inf"))
-        for _ in range(ROUNDS):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                with torch.set_grad_enabled(mode != "forward"):
-                    out = call()
-                if mode != "forward":
-                    out.square().mean().backward()
-                best[name] = min(best[name], time.perf_counter() - start)
-        print(f"{mode:17} ours {1e3 * best['ours']:7.1f} ms   diffusers {1e3 * best['theirs']:7.1f} ms   "
-              f"ratio {best['ours'] / best['theirs']:.3f}   ({torch.get_num_threads()} threads)")
+             "diffusers": lambda: theirs(x, context, index, image_rotary_emb=table, return_dict=False)[0]}
+    print("rotary" if rotary else "sincos")
+    race(calls, ROUNDS)

@@ -6,7 +6,6 @@ alternating in one run.
 Prints the largest difference of the two outputs and the ratio of the fastest times, ours / theirs.
 """
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from diffusers import SD3Transformer2DModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.lora import to_diffusers  # noqa: E402
 from models.mmdit import MMDiT  # noqa: E402
+from tests.bench import race  # noqa: E402
 
 DEPTH, WIDTH, LATENT, TEXT, BATCH, ROUNDS = 6, 384, 32, 154, 2, 15
 
@@ -36,18 +36,5 @@ theirs.load_state_dict(state)
 x, t = torch.randn(BATCH, 16, LATENT, LATENT), torch.rand(BATCH)
 context, pooled = torch.randn(BATCH, TEXT, 512), torch.randn(BATCH, 256)
 calls = {"ours": lambda: ours(x, t, (context, pooled)),
-         "theirs": lambda: theirs(x, context, pooled, 1000 * t, return_dict=False)[0]}
-with torch.no_grad():
-    print(f"largest difference {(calls['ours']() - calls['theirs']()).abs().max():.1e}")
-for mode in ("forward", "forward+backward"):
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            with torch.set_grad_enabled(mode != "forward"):
-                out = call()
-            if mode != "forward":
-                out.square().mean().backward()
-            best[name] = min(best[name], time.perf_counter() - start)
-    print(f"{mode:17} ours {1e3 * best['ours']:7.1f} ms   diffusers {1e3 * best['theirs']:7.1f} ms   "
-          f"ratio {best['ours'] / best['theirs']:.3f}   ({torch.get_num_threads()} threads)")
+         "diffusers": lambda: theirs(x, context, pooled, 1000 * t, return_dict=False)[0]}
+race(calls, ROUNDS)

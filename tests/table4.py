@@ -72,8 +72,8 @@ def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None) 
     F = replace(F, predicts=metadata.get("dmdx.predicts", F.predicts),
                 schedule=metadata.get("dmdx.schedule", F.schedule))
     tn = (generator_times if steps == 1 else teacher_times)(steps, row.shift, F.schedule)
-    prompts = shapes.evaluation_prompts(samples)
-    return shapes.evaluate(tiny.generate(F, vae, tiny.encode_captions(text), prompts, tn, cfg), prompts)
+    prompts, table = shapes.evaluation_prompts(samples), tiny.encode_captions(row, text)
+    return shapes.evaluate(tiny.generate(row, F, vae, table, prompts, tn, cfg), prompts)
 
 
 def seconds(out: Path) -> float:
