@@ -97,9 +97,11 @@ def parse(prompts: list[str]) -> Tensor:
 def evaluation_prompts(count: int, repeats: int = 32, seed: int = 1) -> list[str]:
     """`count` prompts, each distinct one `repeats` times: the coverage of its free attributes can be counted.
 
-    They name 1, 2, 3, 4, 5 attributes in turn; the order is such that any leading part is balanced too."""
+    They name 1, 2, 3, 4, 5 attributes in turn; the order is such that any leading part is balanced too. Of each
+    kind there are no more distinct ones than prompts that name one attribute."""
     prompts, tries = [], iter(range(10 ** 6))
-    while len(prompts) < max(1, count // repeats):
+    distinct = min(max(1, count // repeats), 5 * sum(COUNTS[:5]))
+    while len(prompts) < distinct:
         u = uniform(seed, next(tries), "clip prompt", range(10))
         kept = u[5:].argsort()[:len(prompts) % 5 + 1]
         prompt = caption([int(u[a] * COUNTS[a]) if a in kept else -1 for a in range(5)])

@@ -127,9 +127,11 @@ def parse(prompts: list[str]) -> Tensor:
 def evaluation_prompts(count: int, repeats: int = 32, seed: int = 1) -> list[str]:
     """`count` prompts, each distinct one `repeats` times: the coverage of its free attributes can be counted.
 
-    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too."""
+    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too. Of each
+    kind there are no more distinct ones than prompts that name one attribute."""
     prompts, tries = [], iter(range(10 ** 6))
-    while len(prompts) < max(1, count // repeats):
+    distinct = min(max(1, count // repeats), 4 * sum(COUNTS[:4]))
+    while len(prompts) < distinct:
         u = uniform(seed, next(tries), "prompt", range(8))
         kept = u[4:].argsort()[:len(prompts) % 4 + 1]
         prompt = caption([int(u[a] * COUNTS[a]) if a in kept else -1 for a in range(4)])

@@ -143,3 +143,8 @@ def test_evaluate_takes_uint8():
     a, b = (moving.evaluate(x, prompts) for x in (clips, ((clips + 1) * 127.5).round().byte()))
     assert a.pop("frechet") == pytest.approx(b.pop("frechet"), abs=1e-3)  # rounding to 8 bits
     assert a == b
+
+
+def test_evaluation_prompts_repeat_when_there_are_no_more():
+    prompts = moving.evaluation_prompts(120, repeats=1)
+    assert len(prompts) == 120 and len(set(prompts)) == 105  # 21 values of the five attributes, five kinds

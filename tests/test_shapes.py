@@ -129,3 +129,8 @@ def test_evaluation_prompts():
     prompts = shapes.evaluation_prompts(512)
     assert len(prompts) == 512 and len(set(prompts)) == 16 and prompts[:16] == prompts[16:32]
     assert sorted((shapes.parse(prompts[:16]) >= 0).sum(1).tolist()) == sorted([1, 2, 3, 4] * 4)
+
+
+def test_evaluation_prompts_repeat_when_there_are_no_more():
+    prompts = shapes.evaluation_prompts(100, repeats=1)
+    assert len(prompts) == 100 and len(set(prompts)) == 68  # 17 values of the four attributes, four kinds
