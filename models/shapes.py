@@ -127,8 +127,8 @@ def parse(prompts: list[str]) -> Tensor:
 def evaluation_prompts(count: int, repeats: int = 32, seed: int = 1) -> list[str]:
     """`count` prompts, each distinct one `repeats` times: the coverage of its free attributes can be counted.
 
-    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too. Of each
-    kind there are no more distinct ones than prompts that name one attribute."""
+    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too. Of
+    each kind there are no more distinct ones than prompts that name one attribute."""
     prompts, tries = [], iter(range(10 ** 6))
     distinct = min(max(1, count // repeats), 4 * sum(COUNTS[:4]))
     while len(prompts) < distinct:

@@ -217,8 +217,8 @@ def train_video(out: Path) -> None:
         latents = torch.cat([vae.encode(draw_clip(Scenes(*part), ROW.frames)) for part in parts])  # B T Z h w
 
     def look(average: nn.Module, step: int) -> None:
-        report(out / f"cogvideox_{step:06d}.png", ROW, Denoiser(average, ROW.predicts, ROW.schedule), vae,
-               table, [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 256)
+        report(out / f"{name}_{step:06d}.png", ROW, Denoiser(average, ROW.predicts, ROW.schedule), vae, table,
+               [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 256)
 
     torch.manual_seed(0)
     net = new_denoiser()
