@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import mse_loss, relu
 
-from models import flags, networks, run
+from models.job import flags, networks
+from models.job.job import Job, count_evaluations
 from models.data import noise, uniform
 from models.diffusion import (
     Denoiser,
@@ -59,7 +60,7 @@ def parse_args(argv=None):
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     row = flags.resolve(args)
-    job = run.Job("adm", args, row, mesh, device)
+    job = Job("adm", args, row, mesh, device)
     load = partial(networks.load_network, args, row, mesh, device)
 
     # Everything starts as the teacher. Adapters and D_tau share its module, never a copy of it.
@@ -81,7 +82,7 @@ def main(args):
     opt_tau = adamw(tau, args.lr_tau)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
     if args.profile:
-        run.count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
+        count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     dt, accumulation = delta_t(row.schedule), len(job.micro_batches)

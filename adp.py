@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
-from models import flags, networks, run
+from models.job import flags, networks
+from models.job.job import Job, count_evaluations
 from models.checkpoint import InputError
 from models.data import noise, open_pairs, uniform
 from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
@@ -56,7 +57,7 @@ def main(args):
                          f"pictures and {args.model} makes videos; expected the second to be 0")
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
                                                         args.model, networks.latent_shape(args, row))
-    job = run.Job("adp", args, row, mesh, device)
+    job = Job("adp", args, row, mesh, device)
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
     F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
@@ -74,7 +75,7 @@ def main(args):
         roles |= dict(tau=(tau, adamw(tau, args.lr_tau)))
     job.start(**roles)
     if args.profile:
-        run.count_evaluations(dict(F_phi=F_phi, G_theta=G_theta), job.evaluations)
+        count_evaluations(dict(F_phi=F_phi, G_theta=G_theta), job.evaluations)
     tn = generator_times(args.steps, row.shift, G_theta.schedule).to(device)
     iteration, accumulation, checkpoint = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
 

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models import data, flags, networks
+from models import data
+from models.job import flags, networks
 from models.checkpoint import TORCH_SUFFIXES, InputError
 from models.diffusion import Denoiser, solve, teacher_times
-from models.networks import DTYPES
+from models.job.networks import DTYPES
 from models.parallel import any_rank, init_distributed, is_main, own_share, print0
 from models.presets import Preset
 

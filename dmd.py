@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import mse_loss
 
-from models import flags, networks, run
+from models.job import flags, networks
+from models.job.job import Job, count_evaluations
 from models.data import noise, uniform
 from models.diffusion import (
     Denoiser,
@@ -55,7 +56,7 @@ def parse_args(argv=None):
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     row = flags.resolve(args)
-    job = run.Job("dmd", args, row, mesh, device)
+    job = Job("dmd", args, row, mesh, device)
     load = partial(networks.load_network, args, row, mesh, device)
 
     # Everything starts as the teacher. Adapters share its module, never a copy of it.
@@ -75,7 +76,7 @@ def main(args):
     opt_psi, opt_theta = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))
     if args.profile:
-        run.count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
+        count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     accumulation = len(job.micro_batches)

@@ -21,11 +21,12 @@ import torch
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
-from models import flags, fvd, lpips, metrics, moving_shapes, prompt_sets, shapes, vbench
+from models.eval import fvd, lpips, metrics, moving_shapes, prompt_sets, shapes, vbench
+from models.job import flags
 from models.checkpoint import InputError, replacing, some
 from models.data import read_mp4
-from models.metrics import PICTURES, VIDEOS, Item, by_prompt, mean, of_kind, read_picture, score_items
-from models.scores import BACKBONES, HPS_FILES, load_scorer
+from models.eval.metrics import PICTURES, VIDEOS, Item, by_prompt, mean, of_kind, read_picture, score_items
+from models.eval.scores import BACKBONES, HPS_FILES, load_scorer
 
 SCORERS = ("clip", "pickscore", "hpsv2", "mps")
 METRICS = (*SCORERS, "lpips", "fvd", "clip-video", "vbench", "shapes")

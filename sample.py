@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import flags, lora, networks, sampling
+from models import lora
+from models.job import flags, networks, sampling
 from models.checkpoint import InputError, open_tensors
 from models.data import film_strip, picture, save_grid, save_mp4, save_png
 from models.diffusion import Denoiser, generator_times, teacher_times
 from models.parallel import any_rank, init_distributed, is_main, print0
 from models.presets import PRESETS
-from models.prompt_sets import SETS, prompt_set
+from models.eval.prompt_sets import SETS, prompt_set
 
 
 def parse_args(argv=None):

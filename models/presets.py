@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 
 class Preset(NamedTuple):
     # the checkpoint
-    family: str                         # of the denoiser, text encoders and VAE: models/networks.py
+    family: str                         # of the denoiser, text encoders and VAE: models/job/networks.py
     config: dict                        # architecture of the denoiser, checked against the file
     ckpt: Path | None                   # local file; None: `file` of the Hugging Face repository `repo`
     repo: str
@@ -53,7 +53,7 @@ class Preset(NamedTuple):
     prompts: Path | None                # default prompt file
     sample_prompts: tuple[str, ...]
     evaluate: int                       # samples in the closing comparison of teacher and student
-    procedural: bool                    # data known exactly, and so is the evaluation (models/shapes.py)
+    procedural: bool                    # data known exactly, and so is the evaluation (models/eval/shapes.py)
     # video
     frames: int = 0                     # of a clip, 8 k + 1; 0: images
     fps: int = 8
@@ -187,7 +187,7 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     pair_count=1024, decode_batch=16,
     prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, procedural=True)
 
-# z, text and clips as models/tiny_video.py makes them: 9 frames are 3 latent frames, one published chunk.
+# z, text and clips as models/tiny/video.py makes them: 9 frames are 3 latent frames, one published chunk.
 PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
     config=dict(depth=6, heads=6, head_dim=16, in_channels=4, text_dim=128, time_dim=96, patch=2,
                 rotary=False, interpolation=0.625),  # 1.875 would leave the 4 columns within 1.6 rad

@@ -83,14 +83,14 @@ def refusal_of(script: str, *flags) -> str:
 @contextmanager
 def states_saved(*iterations):
     """Scripts save their states after these iterations alone: saving takes half of a short run's time."""
-    from models import run
-    save = run.save_state
+    from models.job import job
+    save = job.save_state
 
     def save_state(folder, iteration, *rest):
         if iteration in iterations:
             save(folder, iteration, *rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "save_state", save_state)
+        patch.setattr(job, "save_state", save_state)
         yield
 
 

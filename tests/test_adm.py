@@ -9,7 +9,7 @@ from conftest import ROOT, states_saved
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
-from models import networks
+from models.job import networks
 from models.data import uniform
 from models.diffusion import Denoiser
 from models.parallel import local_rows
@@ -216,8 +216,7 @@ def test_every_line_of_algorithm_1_is_cited_in_order():
 
 
 def test_every_flag_is_used():
-    files = ("flags.py", "run.py", "networks.py")
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in files)
+    sources = SCRIPT + "".join(file.read_text() for file in (ROOT / "models" / "job").glob("*.py"))
     fields = PRESETS["tiny-sd3"]._fields
     for name in vars(adm.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in fields, name

@@ -17,12 +17,13 @@ import adm
 import adp
 import collect_odes
 import sample
-from models import networks, run
+from models.job import job as job_module
+from models.job import networks
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import noise, open_pairs, uniform
 from models.diffusion import q
 from models.discriminator import SOURCES, random_vision
-from models.flags import resolve
+from models.job.flags import resolve
 from models.parallel import full_tensors, init_distributed, local_rows
 from models.presets import PRESETS
 from models.text import Cond
@@ -106,7 +107,7 @@ def stubs(monkeypatch):
                             lambda *_, trainable=False, **__: G if trainable else Net())
         monkeypatch.setattr(networks, "new_discriminator", lambda *_: found[0])
         monkeypatch.setattr(networks, "new_pixel_discriminator", lambda *_: found[1])
-        monkeypatch.setattr(run, "load_vae", lambda *_: SimpleNamespace(decode=lambda z, checkpoint: 3 * z))
+        monkeypatch.setattr(job_module, "load_vae", lambda *_: SimpleNamespace(decode=lambda z, checkpoint: 3 * z))
         return found
     return stubs
 
@@ -258,7 +259,7 @@ def test_an_epoch_reads_every_pair_with_its_own_prompt(tmp_path, stubs, monkeypa
         places = torch.tensor([float(prompts.index(text)) for text in texts])
         return Cond(places[:, None, None], torch.zeros(len(texts), 1))
     text = SimpleNamespace(encode=encode, unconditional=lambda: None)
-    monkeypatch.setattr(run, "load_text", lambda *_: text)
+    monkeypatch.setattr(job_module, "load_text", lambda *_: text)
     G = Net(lambda x_t, t: x_t)
     stubs(G)
     monkeypatch.setattr(networks, "export", lambda *_: None)
@@ -325,7 +326,7 @@ def test_updates_theta_then_tau_each_of_its_own_parameters(tmp_path, monkeypatch
     order, silent, frozen = [], {}, {}
     forbid(monkeypatch, *unused)
     nets, vaes, encoders = (keep(monkeypatch, *place) for place in (
-        (networks, "load_network"), (run, "load_vae"), (networks, "load_vision")))
+        (networks, "load_network"), (job_module, "load_vae"), (networks, "load_vision")))
 
     def on_update(role, roles, step):
         if not order:
@@ -386,15 +387,15 @@ def test_gradient_of_eq9_goes_through_the_backbones_and_the_decoder(tmp_path, mo
 
 
 def test_recomputing_accumulating_and_decoding_in_parts_change_nothing(tmp_path, monkeypatch):
-    calls, original = [], run.Job.start
-    vaes, encoders = keep(monkeypatch, run, "load_vae"), keep(monkeypatch, networks, "load_vision")
+    calls, original = [], job_module.Job.start
+    vaes, encoders = keep(monkeypatch, job_module, "load_vae"), keep(monkeypatch, networks, "load_vision")
 
     def start(job, **roles):
         layers = dict(decoder=vaes[-1].decoder.mid.block_1, encoder=encoders[-1].net.layers[0])
         for name, layer in layers.items():
             layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
         return original(job, **roles)
-    monkeypatch.setattr(run.Job, "start", start)
+    monkeypatch.setattr(job_module.Job, "start", start)
     plain, = train(tmp_path / "plain", *RANDOM, "--max-iter", 1, "--no-checkpointing")
     assert sorted(calls) == ["decoder"] * 2 + ["encoder"] * 2  # of the fake and of the real pictures
     calls.clear()
@@ -478,7 +479,7 @@ def test_adm_starts_from_it_and_keeps_it_apart_from_the_teacher(tmp_path, monkey
 def test_pairs_that_do_not_fit(tmp_path, monkeypatch, stubs, pairs):
     stubs(Net(lambda x_t, t: x_t))
     encode = SimpleNamespace(encode=lambda texts: None, unconditional=lambda: None)
-    monkeypatch.setattr(run, "load_text", lambda *_: encode)
+    monkeypatch.setattr(job_module, "load_text", lambda *_: encode)
     out, flags = tmp_path / "run", ["--batch-size", 2, "--max-iter", 1]
     where = f"{pairs}: pairs of tiny-sdxl at 32x32, latents 4 x 8 x 8; expected "
     message = refusal(out, *flags, "--model", "tiny-sd3", "--pairs", pairs)
@@ -612,8 +613,7 @@ def test_equations_are_cited_where_they_are():
 
 
 def test_every_flag_is_used():
-    files = ("flags.py", "run.py", "networks.py")
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in files)
+    sources = SCRIPT + "".join(file.read_text() for file in (ROOT / "models" / "job").glob("*.py"))
     fields = ROW._fields
     for name in vars(adp.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in fields, name

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import collect_odes
-from models import checkpoint, data, networks
+from models import checkpoint, data
+from models.job import networks
 from models.checkpoint import InputError
 from models.data import noise, open_pairs, uniform, write_manifest, write_shard
 from models.diffusion import Denoiser, solve, teacher_times
-from models.flags import entry, resolve_model
+from models.job.flags import entry, resolve_model
 from models.parallel import init_distributed
 from models.presets import PRESETS
 

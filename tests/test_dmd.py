@@ -8,7 +8,7 @@ from conftest import ROOT, states_saved
 from torch import Tensor, nn
 
 import dmd
-from models import networks
+from models.job import networks
 from models.checkpoint import open_tensors, save_safetensors
 from models.data import noise, uniform
 from models.diffusion import alpha_sigma, generator_times
@@ -260,7 +260,7 @@ def test_the_diff_to_adm_is_sec_4_1_3():
     assert own == [
         "from torch.nn.functional import mse_loss",
         'parser = flags.training_parser("dmd", __doc__)',
-        'job = run.Job("dmd", args, row, mesh, device)',
+        'job = Job("dmd", args, row, mesh, device)',
         "psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)",
         "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
         "accumulation = len(job.micro_batches)",
@@ -287,7 +287,6 @@ def test_algorithm_and_equations_are_cited_in_order():
 
 
 def test_every_flag_is_used():
-    files = ("flags.py", "run.py", "networks.py")
-    sources = SCRIPT + "".join((ROOT / "models" / file).read_text() for file in files)
+    sources = SCRIPT + "".join(file.read_text() for file in (ROOT / "models" / "job").glob("*.py"))
     for name in vars(dmd.parse_args([])):
         assert re.search(rf"args\.{name}\b", sources) or name in SD3._fields, name

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import adm
 import evaluate
-from models import lpips, metrics, moving_shapes, shapes
+from models.eval import lpips, metrics, moving_shapes, shapes
 from models.checkpoint import InputError, save_safetensors
 from models.data import picture, read_mp4, save_mp4, save_png, to_uint8
-from models.fvd import frechet_distance
-from models.metrics import paper_rows, quick_scores, read_items, table
+from models.eval.fvd import frechet_distance
+from models.eval.metrics import paper_rows, quick_scores, read_items, table
 
 PROMPTS = ["a cat", "a dog", "a red box"]
 
@@ -395,7 +395,7 @@ def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeyp
     def load(kind, device):
         asked.append(kind)
         return lambda images, prompts: torch.tensor([float(np.asarray(image).mean()) for image in images])
-    monkeypatch.setattr("models.run.load_scorer", load)
+    monkeypatch.setattr("models.job.job.load_scorer", load)
     flags = ["--batch-size", "2", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
              "--lora-rank", "4", "--fake-lora", "4", "--save-every", "1", "--out", str(tmp_path / "run")]
     adm.main(adm.parse_args([*flags, "--max-iter", "2"]))

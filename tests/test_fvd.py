@@ -10,7 +10,7 @@ from conftest import golden, read_golden
 from torch import Tensor
 
 from models.checkpoint import InputError, save_safetensors
-from models.fvd import I3D, frechet_distance, load_i3d, pixels
+from models.eval.fvd import I3D, frechet_distance, load_i3d, pixels
 
 # ---- the distance ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from conftest import golden, read_golden
 from PIL import Image
 
 from models.checkpoint import InputError, save_safetensors
-from models.lpips import GROUPS, LPIPS, diversity, load_lpips, resized
+from models.eval.lpips import GROUPS, LPIPS, diversity, load_lpips, resized
 
 TOLERANCE = 1e-6  # float32 sums over up to 512 x 512 pixels
 

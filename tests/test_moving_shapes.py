@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from models import moving_shapes as moving
+from models.eval import moving_shapes as moving
 
 
 def clips_of(prompts, seed=9):

@@ -8,9 +8,9 @@ import zipfile
 
 import pytest
 
-from models import prompt_sets
+from models.eval import prompt_sets
 from models.checkpoint import InputError
-from models.prompt_sets import prompt_set, webvid
+from models.eval.prompt_sets import prompt_set, webvid
 
 CAPTIONS = ["A cat.", 'A sign that says "stop"', "Zwei H\u00fcte"]
 

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from models import scores
+from models.eval import scores
 from models.checkpoint import InputError, Tensors, open_tensors
-from models.mps import CONDITION, mps_score, open_module, selected
-from models.scores import (
+from models.eval.mps import CONDITION, mps_score, open_module, selected
+from models.eval.scores import (
     BACKBONES,
     clean,
     clip_model,

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from models import shapes
+from models.eval import shapes
 
 # ---- data ---------------------------------------------------------------------------------------------------------
 

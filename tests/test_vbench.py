@@ -6,9 +6,9 @@ import stat
 import pytest
 from conftest import golden
 
-from models import vbench
+from models.eval import vbench
 from models.checkpoint import InputError
-from models.vbench import DIMENSIONS, QUALITY, SEMANTIC, lay_out, read_results, run, totals
+from models.eval.vbench import DIMENSIONS, QUALITY, SEMANTIC, lay_out, read_results, run, totals
 
 FILES = golden("vbench_scores*.json")
 

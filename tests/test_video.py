@@ -17,17 +17,17 @@ import adp
 import collect_odes
 import dmd
 import sample
-from models import networks
+from models.job import networks
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.cogvideox import CogVideoX
 from models.cogvideox import config_from_shapes as dit_config
 from models.cogvideox_vae import config_from_shapes as vae_config
 from models.data import film_strip, noise, open_pairs, save_grid, save_mp4
 from models.diffusion import Denoiser, generator_times, solve
-from models.flags import resolve_model
+from models.job.flags import resolve_model
 from models.parallel import init_distributed
 from models.presets import PRESETS
-from models.sampling import generate
+from models.job.sampling import generate
 
 ROW = PRESETS["tiny-cogvideox"]
 # Small rates, as in test_parallel.py: AdamW without momentum makes a full step of a gradient's rounding noise.

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from models import moving_shapes, shapes
+from models.eval import moving_shapes, shapes
 from models.checkpoint import InputError
 from models.data import append_jsonl, film_strip, noise, prompt_index, save_grid, save_rows, truncate_jsonl
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.flags import read_training_prompts, run_folder
-from models.metrics import quick_scores
-from models.networks import (
+from models.job.flags import read_training_prompts, run_folder
+from models.eval.metrics import quick_scores
+from models.job.networks import (
     condition_shapes,
     export,
     latent_shape,
@@ -49,8 +49,8 @@ from models.parallel import (
     save_state,
 )
 from models.presets import Preset
-from models.sampling import generate
-from models.scores import load_scorer
+from models.job.sampling import generate
+from models.eval.scores import load_scorer
 from models.text import Cond
 
 MAX_BAD = 10  # non-finite iterations in a row before a run stops

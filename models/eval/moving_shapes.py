@@ -1,6 +1,6 @@
 """Captioned shapes that move, the procedural data of the tiny video model, and their exact evaluator.
 
-Every clip is one shape of models/shapes.py on a plain background, 32 x 32, that moves 8 pixels left, right,
+Every clip is one shape of models/eval/shapes.py on a plain background, 32 x 32, that moves 8 pixels left, right,
 up or down at constant speed: one pixel a frame in 9 frames. The attributes (shape, colour, background, size,
 direction) are uniform and independent; each size has one fixed radius, and the middle of the path is uniform
 on a 4-pixel grid, as far as the whole path stays inside. A caption names any subset of the five ("a red
@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models import shapes
+from models.eval import shapes
 from models.data import uniform
-from models.shapes import SIZE, contrast, features, frechet
+from models.eval.shapes import SIZE, contrast, features, frechet
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y points down
 ATTRIBUTES = {name: shapes.ATTRIBUTES[name] for name in shapes.NAMED} | {
@@ -153,7 +153,7 @@ def consistency(seen: Tensor, displacement: Tensor) -> float:
 
 def total_variation(labels: Tensor, named: Tensor) -> float:
     """Mean over distinct prompts and the attributes each leaves free, the place always, of
-    0.5 * sum |share - 1/K|, as in models/shapes.py; labels (B A) of clips."""
+    0.5 * sum |share - 1/K|, as in models/eval/shapes.py; labels (B A) of clips."""
     distances = []
     for prompt in named.unique(dim=0):
         mine = labels[(named == prompt).all(1)]

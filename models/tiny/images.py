@@ -1,15 +1,11 @@
-"""The embedded default: tiny teachers for captioned shapes, in the layouts of their big siblings.
-
-    python -m models.tiny                # all of them, three and a half hours
-    python -m models.tiny --only sdxl    # one: sd3 (with the image models' VAE), sdxl, sam or cogvideox
+"""The tiny image teachers, in the layouts of their big siblings, and what the training of every one shares.
 
 Writes models/tiny/: tiny_sd3.safetensors (MMDiT, flow), tiny_sdxl.safetensors (UNet, epsilon),
-tiny_sam.safetensors (a vision encoder in SAM's layout that has learned to outline the shapes), tokenizers,
-prompts, and cogvideox/ (models/tiny_video.py).
+tiny_sam.safetensors (a vision encoder in SAM's layout that has learned to outline the shapes), tokenizers and
+prompts.
 
 Letters: B pictures, H W pixels, Z h w latent, L tokens, D width.
 """
-import argparse
 import copy
 import json
 import math
@@ -25,18 +21,18 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss, mse_loss, pixel_shuffle
 from transformers import SamVisionConfig, SamVisionModel, T5Tokenizer
 
-from models import moving_shapes, shapes
+from models.eval import moving_shapes, shapes
 from models.checkpoint import load, open_tensors, replacing, save_safetensors
 from models.data import film_strip, noise, save_rows
 from models.diffusion import Denoiser, generator_times, q, random_time, solve, target, teacher_times
 from models.discriminator import VisionEncoder, original_name
-from models.networks import FAMILIES, latent_shape
+from models.job.networks import FAMILIES, latent_shape
 from models.presets import PRESETS, Preset
-from models.shapes import SIZE, Scenes, captions, coverage, draw, random_scenes
+from models.eval.shapes import SIZE, Scenes, captions, coverage, draw, random_scenes
 from models.text import Cond, SD3Text, SDXLText, load_tokenizers, text_parts
 from models.vae import AutoencoderKL
 
-FOLDER = Path(__file__).parent / "tiny"
+FOLDER = Path(__file__).parent
 BATCH, PICTURES = 64, 8192  # of a denoiser's training
 LENGTH = 8  # tokens of each text encoder: start, six words, end
 SAM = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, mlp_dim=256, image_size=SIZE,
@@ -401,24 +397,3 @@ def train_sam(out: Path) -> None:
     path = PRESETS["tiny-sdxl"].pixel_ckpt
     save_safetensors(path, {name: p.half() for name, p in weights.items()})
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, loss on other pictures {mask_loss(net, 10 ** 6):.4f}")
-
-
-def main() -> None:
-    from models.tiny_video import train_video  # which imports this file
-    names = ("sd3", "sdxl", "sam", "cogvideox")
-    parser = argparse.ArgumentParser(description="Train the tiny teachers on captioned shapes.")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="resumable state, sample grids")
-    parser.add_argument("--only", choices=names, help="default: all of them")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in (args.only,) if args.only else names:
-        if name == "sam":
-            train_sam(args.out)
-        elif name == "cogvideox":
-            train_video(args.out)
-        else:
-            train_teacher(name, args.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from models.checkpoint import InputError
 from models.data import read_prompts
-from models.networks import DTYPES, sizes
+from models.job.networks import DTYPES, sizes
 from models.parallel import check_heads, complete_states
 from models.presets import PRESETS, Preset
 

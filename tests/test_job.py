@@ -1,4 +1,4 @@
-"""models/run.py through adm.py: run folders, resuming, the log, the hub, and every refusal as the user meets it."""
+"""models/job/job.py through adm.py: run folders, resuming, the log, the hub, and every refusal as the user meets it."""
 import argparse
 import json
 import os
@@ -17,10 +17,10 @@ from PIL import Image
 
 import adm
 import sample
-from models import run
+from models.job import job as job_module
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import uniform
-from models.flags import resolve, run_folder
+from models.job.flags import resolve, run_folder
 from models.parallel import init_distributed
 from models.presets import PRESETS
 
@@ -76,7 +76,7 @@ def folder(*flags):
 
 def test_run_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = run.Path("runs")
+    runs = job_module.Path("runs")
     assert folder() == runs / "adm-tiny-sd3-000"
     for name in ("adm-tiny-sd3-000", "adm-tiny-sd3-009", "adm-sd3-medium-020", "adp-tiny-sd3-030", "adm-tiny-sd3-old"):
         (runs / name).mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_run_folders_are_numbered(tmp_path, monkeypatch):
     assert folder() == runs / "adm-tiny-sd3-010"
     assert folder("--resume") == runs / "adm-tiny-sd3-000"  # the newest that can be continued
     assert folder("--model", "sd3-medium") == runs / "adm-sd3-medium-021"
-    assert folder("--out", "x") == folder("--out", "x", "--resume") == run.Path("x")
+    assert folder("--out", "x") == folder("--out", "x", "--resume") == job_module.Path("x")
     with pytest.raises(InputError, match="no runs/adm-sd3-medium-NNN holds a complete state; pass --out"):
         folder("--model", "sd3-medium", "--resume")
 
@@ -97,7 +97,7 @@ def test_a_named_state_continues_the_run_that_saved_it(tmp_path, monkeypatch):
         (tmp_path / f"runs/adm-tiny-sd3-{name}/state/iter_00000001").mkdir(parents=True)
         (tmp_path / f"runs/adm-tiny-sd3-{name}/config.json").touch()
     assert folder("--resume", "runs/adm-tiny-sd3-000/state/iter_00000001") == tmp_path / "runs/adm-tiny-sd3-000"
-    assert folder("--resume", "runs/adm-tiny-sd3-000/state/iter_00000001", "--out", "x") == run.Path("x")
+    assert folder("--resume", "runs/adm-tiny-sd3-000/state/iter_00000001", "--out", "x") == job_module.Path("x")
     with pytest.raises(InputError, match="--resume elsewhere/iter_00000001: not inside a run folder"):
         folder("--resume", "elsewhere/iter_00000001")
 
@@ -300,7 +300,7 @@ def test_a_refusal_on_two_ranks_ends_at_once(tmp_path):
                      "--out", tmp_path / "run")
     assert result.returncode == 1
     assert 1 <= result.stderr.count(f"adm.py: --resume: {tmp_path / 'run'} holds no complete state\n") <= 2
-    assert f'{ROOT / "adm.py"}", line' not in result.stderr and "models/run.py" not in result.stderr  # no traceback of ours
+    assert f'{ROOT / "adm.py"}", line' not in result.stderr and "models/job/job.py" not in result.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()
 
 
@@ -369,18 +369,18 @@ def history(count, **changed):
     (history(49, margin=[0.0], loss_tau=0.0), "health: good"),  # too early to tell
 ], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "theta dead", "two dead", "not dead", "early"])
 def test_health_names_what_is_wrong(rows, words):
-    line = run.health(rows)
+    line = job_module.health(rows)
     assert words in line and (words.startswith("margin") or line.endswith(words) or "nan" in words)
 
 
 def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     """Job.end on a log of fixed values; the bar keeps the line apart from itself."""
     lines = []
-    monkeypatch.setattr(run.tqdm, "write", lambda self, line: lines.append(line))
-    monkeypatch.setattr(run, "save_state", lambda *args: None)
+    monkeypatch.setattr(job_module.tqdm, "write", lambda self, line: lines.append(line))
+    monkeypatch.setattr(job_module, "save_state", lambda *args: None)
     _, mesh = init_distributed()
     args = adm.parse_args(["--random-weights", "--out", str(tmp_path / "run"), "--max-iter", "250"])
-    job = run.Job("adm", args, resolve(args), mesh, torch.device("cpu"))
+    job = job_module.Job("adm", args, resolve(args), mesh, torch.device("cpu"))
     job.start()
     for i in range(1, 251):
         log = job.begin(i)

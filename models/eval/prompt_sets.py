@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from models import moving_shapes, shapes
+from models.eval import moving_shapes, shapes
 from models.checkpoint import InputError, why
 from models.data import lines_of, read_prompts
 

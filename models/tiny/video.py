@@ -21,10 +21,10 @@ from models.checkpoint import load, open_tensors, save_safetensors
 from models.cogvideox import CogVideoX
 from models.cogvideox_vae import CogVideoXVAE
 from models.diffusion import Denoiser, alpha_sigma
-from models.moving_shapes import Scenes, captions, draw_clip, random_scenes
+from models.eval.moving_shapes import Scenes, captions, draw_clip, random_scenes
 from models.presets import PRESETS
 from models.text import CogVideoXText, load_tokenizers
-from models.tiny import (
+from models.tiny.images import (
     BATCH,
     FOLDER,
     denoiser_loss,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models import moving_shapes, shapes
+from models.eval import moving_shapes, shapes
 from models.checkpoint import InputError, replacing, some
 from models.data import append_jsonl, lines_of, picture
 
@@ -257,7 +257,7 @@ def table(rows: dict[str, dict[str, float]], variants: dict[str, str]) -> str:
 def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers: dict[str, Callable],
                  batch: int = 16) -> dict[str, float]:
     """Figures of images (B 3 H W) or videos (B F 3 H W), uint8: of "shapes" the exact evaluator's, of other
-    metrics the mean of `scorers[metric]` (models/scores.py) over the images or over all frames."""
+    metrics the mean of `scorers[metric]` (models/eval/scores.py) over the images or over all frames."""
     figures = {}
     for metric in metrics:
         if metric == "shapes":

@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity, interpolate, pad
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from models.checkpoint import TORCH_SUFFIXES, InputError, Tensors, check_names, find, load, open_tensors
-from models.mps import CONDITION, cross_model, mps_score, open_module
+from models.eval.mps import CONDITION, cross_model, mps_score, open_module
 from models.text import at_end, check_vocabulary, pad_ids, shapes_of
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
