@@ -16,14 +16,10 @@ Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite 
 """
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch.nn.functional import mse_loss, relu
+from torch.nn.functional import mse_loss
 
-from models.job import flags, networks
-from models.job.job import Job, count_evaluations
-from models.data import noise, uniform
 from models.diffusion import (
     Denoiser,
     delta_t,
@@ -35,67 +31,52 @@ from models.diffusion import (
     solve,
     target,
 )
-from models.parallel import adamw, init_distributed, set_trainable, update
+from models.discriminator import hinge
+from models.job import flags, networks
+from models.job.job import Job
+from models.parallel import adamw, init_distributed, set_trainable
 
 
 def parse_args(argv=None):
-    parser = flags.training_parser("adm", __doc__)
-    add = parser.add_argument
-    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
-    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
-    add("--steps", type=int, help="N, steps of the generator")
-    add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
-    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
-    add("--generator-cfg-offset", type=float, metavar="X",
-        help="guide the generator too, at the real score's scale less X (Table 3, w/ CFG: 2)")
-    add("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
-    add("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
-        help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
-    add("--lr-theta", type=float, help="learning rate of the generator")
-    add("--lr-psi", type=float, help="learning rate of the fake model")
+    parser, add = flags.distillation_parser(__file__, __doc__)
     add("--lr-tau", type=float, help="learning rate of the discriminator")
     return parser.parse_args(argv)
 
 
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
-    row = flags.resolve(args)
-    job = Job("adm", args, row, mesh, device)
-    load = partial(networks.load_network, args, row, mesh, device)
+    preset = flags.resolve(args)
+    job = Job(__file__, args, preset, mesh, device)
+    load = partial(networks.load_network, args, preset, mesh, device)
 
-    # Everything starts as the teacher. Adapters and D_tau share its module, never a copy of it.
+    # All start as the teacher, with --init the generator as ADP's. Roles share one module where they can.
     adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
     base = load(adapters={name: rank for name, rank in adapters.items() if rank})
-    F_phi = Denoiser(base, row.predicts, row.schedule)                                 # Alg. 1 l. 1
-    if args.lora_rank:                                                                 # Alg. 1 l. 3
-        G_theta = replace(F_phi, lora=("generator",))
+    F_phi = Denoiser(base, preset.predicts, preset.schedule)                           # Alg. 1 l. 1
+    if args.lora_rank:
+        G_theta = replace(F_phi, lora=("generator",))                                  # Alg. 1 l. 3
     else:
-        G_theta = networks.load_generator(args, row, mesh, device)
-    tn = generator_times(args.steps, row.shift, G_theta.schedule).to(device)           # Alg. 1 l. 2
+        G_theta = networks.load_generator(args, preset, mesh, device)                  # Alg. 1 l. 3
+    tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)        # Alg. 1 l. 2
     if args.fake_lora:
-        f_psi = replace(F_phi, lora=("fake",))
+        f_psi = replace(F_phi, lora=("fake",))                                         # Alg. 1 l. 3
     else:
-        f_psi = replace(F_phi, net=load(trainable=True))
-    D_tau = networks.new_discriminator(args, row, F_phi, mesh, device)
-    psi, theta, tau = networks.trainables(f_psi), networks.trainables(G_theta), networks.trainables(D_tau)
+        f_psi = replace(F_phi, net=load(trainable=True))                               # Alg. 1 l. 3
+    D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device)              # Alg. 1 l. 3
+    psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)
+    tau = networks.trainables(D_tau)
     opt_psi, opt_theta = adamw(psi, args.lr_psi), adamw(theta, args.lr_theta)
     opt_tau = adamw(tau, args.lr_tau)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
-    if args.profile:
-        count_evaluations(dict(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta), job.evaluations)
+    job.count_evaluations(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
-    dt, accumulation = delta_t(row.schedule), len(job.micro_batches)
+    accumulation = len(job.micro_batches)
+    dt = delta_t(preset.schedule)
 
-    def draw(name, indices):  # standard normal latents, a function of (seed, global_iter, name, index)
-        return noise(job.latent_shape, args.seed, global_iter, name, indices).to(device)
-
-    def draw_u(name, indices):  # U[0, 1), likewise
-        return uniform(args.seed, global_iter, name, indices).to(device)
-
-    def guidance(name, indices):  # scales of the real score; c_null and scales of the generator, if any
-        w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * draw_u(name, indices)
-        return w, () if args.generator_cfg_offset is None else (job.c_null, w - args.generator_cfg_offset)
+    def guidance(name, indices):  # scales of the real score and of the generator; None: unguided
+        w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * job.uniform(name, indices)
+        return w, None if args.generator_cfg_offset is None else w - args.generator_cfg_offset
 
     while gen_iter < args.max_iter:                                                    # Alg. 1 l. 4
         global_iter += 1                                                               # Alg. 1 l. 5
@@ -105,36 +86,36 @@ def main(args):
         # update fake score estimator f_psi                                            # Alg. 1 l. 7
         set_trainable(psi, True)
         for indices, c in batch:
-            z = draw("z", indices)                                                     # Alg. 1 l. 8
+            z = job.noise("z", indices)                                                # Alg. 1 l. 8
             with torch.no_grad():
-                _, guided = guidance("w_f", indices)
-                x_0 = solve(G_theta, z, tn, c, *guided)                                # Alg. 1 l. 9
-            z_f = draw("z_f", indices)                                                 # Alg. 1 l. 10
-            t_f = random_time(f_psi.schedule, draw_u("t_f", indices))                  # Alg. 1 l. 10
+                _, w_G = guidance("w_f", indices)
+                x_0 = solve(G_theta, z, tn, c, job.c_null, w_G)                        # Alg. 1 l. 9
+            z_f = job.noise("z_f", indices)                                            # Alg. 1 l. 10
+            t_f = random_time(f_psi.schedule, job.uniform("t_f", indices))             # Alg. 1 l. 10
             x_tf = q(f_psi.schedule, x_0, t_f, z_f)
             expected = target(f_psi.predicts, f_psi.schedule, x_0, t_f, z_f)
-            loss_psi = mse_loss(f_psi(x_tf, t_f, c), expected)                         # Eq. (2), (3)
+            loss_psi = mse_loss(f_psi(x_tf, t_f, c), expected)  # [choice] w(t) = 1    # Eq. (2), (3)
             (loss_psi / accumulation).backward()
             log.add(loss_psi=loss_psi)
-        log.update("psi", *update(opt_psi, log.mean("loss_psi")))                      # Alg. 1 l. 11
+        log.update("psi", opt_psi)                                                     # Alg. 1 l. 11
         job.phase("fake")
         if global_iter % args.ttur:                                                    # Alg. 1 l. 12
             if job.end(log, gen_iter):
                 break
             continue
 
-        # update generator G_theta, and on the same pairs discriminator D_tau          # Alg. 1 l. 14
+        # update generator G_theta                                                     # Alg. 1 l. 14
         set_trainable(psi, False)
-        n = 1 + int(args.steps * uniform(args.seed, global_iter, "n", [0]))  # on all ranks  # Alg. 1 l. 15
+        n = job.integer("n", args.steps)                                               # Alg. 1 l. 15
         for indices, c in batch:
             set_trainable(tau, False)
-            z_hat = draw("z_hat", indices)                                             # Alg. 1 l. 15
-            w, guided = guidance("w", indices)
+            z_hat = job.noise("z_hat", indices)                                        # Alg. 1 l. 15
+            w, w_G = guidance("w", indices)
             with torch.no_grad():
-                x_hat_tn = solve(G_theta, z_hat, tn[n:], c, *guided)                   # Alg. 1 l. 16
-            _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c, *guided)         # Alg. 1 l. 17
-            z_g = draw("z_g", indices)                                                 # Alg. 1 l. 18
-            t = random_time(F_phi.schedule, draw_u("t", indices), low=dt)              # Alg. 1 l. 18
+                x_hat_tn = solve(G_theta, z_hat, tn[n:], c, job.c_null, w_G)           # Alg. 1 l. 16
+            _, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c, job.c_null, w_G)  # Alg. 1 l. 17
+            z_g = job.noise("z_g", indices)                                            # Alg. 1 l. 18
+            t = random_time(F_phi.schedule, job.uniform("t", indices), low=dt)         # Alg. 1 l. 18
             s = (t - dt).clamp_min(0)  # [choice] t > dt, so that the step stays in [0, T]
             x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
             x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # with f_psi's graph     # Alg. 1 l. 20
@@ -143,24 +124,25 @@ def main(args):
             h_fake = D_tau.features(x_fake, s, c)
             loss_theta = -D_tau(h_fake).mean()                                         # Eq. (7)
             (loss_theta / accumulation).backward()
+            log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
             job.phase("generator")
 
-            # l. 25-26 begin before l. 22 has stepped: that step changes neither tau nor this pair, so the
-            # gradient of Eq. (8) is the same, and the features of x_fake serve twice.
+            # update discriminator D_tau. [differs] Its gradient is taken before l. 22 and not after:
+            # that step changes neither tau nor this pair, so the gradient is the same and
+            # x_fake's features serve twice.
             set_trainable(tau, True)
             with torch.no_grad():
                 h_real = D_tau.features(x_real, s, c)
             logits_fake, logits_real = D_tau([h.detach() for h in h_fake]), D_tau(h_real)  # Alg. 1 l. 25
-            loss_tau = relu(1 + logits_fake).mean() + relu(1 - logits_real).mean()     # Eq. (8)
+            loss_tau = hinge(logits_fake, logits_real)                                 # Eq. (8)
             (loss_tau / accumulation).backward()
             job.phase("discriminator")
             del h_fake, h_real  # gigabytes at full size, which the next micro-batch needs
-            log.add(loss_theta=loss_theta, loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
-                    dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real),                         # Eq. (6), Fig. 3
-                    x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
-        log.update("theta", *update(opt_theta, log.mean("loss_theta")))                # Alg. 1 l. 22
+            log.add(loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
+                    dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))                         # Eq. (6), Fig. 3
+        log.update("theta", opt_theta)                                                 # Alg. 1 l. 22
         gen_iter += 1                                                                  # Alg. 1 l. 23
-        log.update("tau", *update(opt_tau, log.mean("loss_tau")))                      # Alg. 1 l. 26
+        log.update("tau", opt_tau)                                                     # Alg. 1 l. 26
         job.phase("update")
         if job.end(log, gen_iter):
             break
@@ -169,4 +151,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry("adm.py", parse_args, main)
+    flags.entry(__file__, parse_args, main)

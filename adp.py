@@ -2,7 +2,7 @@
 
     python collect_odes.py && python adp.py                                        # embedded tiny-sdxl
     torchrun --nproc_per_node 8 adp.py --model sdxl --pairs FOLDER --offload       # Table 4, A5
-    python adp.py --lambdas 1 0  |  --pixel-encoder dinov2  |  --loss mse          # Table 4, A4, A2, A1
+    adp.py --model sdxl --lambdas 1 0  |  --pixel-encoder dinov2  |  --loss mse    # Table 4, A4, A2, A1
 
 Reads a checkpoint in its original layout, the ODE pairs of collect_odes.py and the vision encoder's weights;
 writes runs/adp-MODEL-NNN/ as adm.py does; `adm.py --init` goes on from there.
@@ -11,83 +11,70 @@ F_phi teacher     G_theta generator, a velocity network on the straight path bet
 D_tau1 latent discriminator on F_phi's features     D_tau2 pixel discriminator on the vision encoder's
 x_T, x_0 the ends of a pair, noise and teacher's sample     c its prompt     x_hat_0 generated
 t generator time     t_d, z_d time and noise of the latent discriminator, on the teacher's schedule
-Shapes: latents B C h w, images B 3 H W, times B.
+Shapes: latents B C H W, times B; images B 3 and their height and width.
 """
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import mse_loss, relu
+from torch.nn.functional import mse_loss
 
-from models.job import flags, networks
-from models.job.job import Job, count_evaluations
 from models.checkpoint import InputError
-from models.data import noise, open_pairs, uniform
 from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
-from models.parallel import adamw, init_distributed, set_trainable, update
+from models.discriminator import hinge
+from models.job import flags, networks
+from models.job.job import Job
+from models.parallel import adamw, init_distributed, set_trainable
+from models.shards import open_pairs
 
 
 def parse_args(argv=None):
-    parser = flags.training_parser("adp", __doc__)
+    parser, add = flags.training_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
-    add = parser.add_argument
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
     add("--steps", type=int, help="steps at which the generator is sampled and compared")
     add("--loss", choices=("gan", "mse"), default="gan", help="mse: rectified flow, no discriminator")
-    add("--lambdas", type=float, nargs=2, metavar=("LATENT", "PIXEL"),
-        help="weights of the two discriminators; one of weight 0 is not built")
+    add("--lambdas", type=float, nargs=2, metavar=("LATENT", "PIXEL"), default=(0.85, 0.15),
+        help="weights of the two discriminators, Eqs. (9), (10); one of weight 0 is not built")
     add("--pixel-encoder", choices=("sam", "dinov2"), default="sam", help="of the pixel discriminator")
     add("--pixel-ckpt", type=Path, help="its weights; without them the Hugging Face hub is asked")
-    add("--lr-theta", type=float, help="learning rate of the generator")
     add("--lr-tau", type=float, help="learning rate of the discriminators")
     return parser.parse_args(argv)
 
 
-def hinge(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
-    return relu(1 + logits_fake).mean() + relu(1 - logits_real).mean()
-
-
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
-    row = flags.resolve(args, adp=True)
+    preset = flags.resolve(args, adp=True)
     if min(args.lambdas) < 0 or sum(args.lambdas) == 0:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected >= 0, not both 0")
-    if row.frames and args.loss == "gan" and args.lambdas[1]:
+    if preset.frames and args.loss == "gan" and args.lambdas[1]:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: the pixel discriminator takes "
                          f"pictures and {args.model} makes videos; expected the second to be 0")
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
-                                                        args.model, networks.latent_shape(args, row))
-    job = Job("adp", args, row, mesh, device)
+                                                        args.model, networks.latent_shape(args, preset))
+    job = Job(__file__, args, preset, mesh, device)
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
-    F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
+    F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
     # The teacher's weights, to be taught another prediction on another path.          # Sec. 4.2.1
-    G_theta = Denoiser(networks.load_network(args, row, mesh, device, trainable=True), "velocity", "flow")
+    G_theta = Denoiser(networks.load_network(args, preset, mesh, device, trainable=True), "velocity", "flow")
     theta, tau = networks.trainables(G_theta), {}
     if lambda_1:
-        D_tau1 = networks.new_discriminator(args, row, F_phi, mesh, device)
+        D_tau1 = networks.new_discriminator(args, preset, F_phi, mesh, device)
         tau |= {f"latent.{name}": p for name, p in D_tau1.named_parameters()}
     if lambda_2:
-        D_tau2 = networks.new_pixel_discriminator(args, row, mesh, device)
+        D_tau2 = networks.new_pixel_discriminator(args, preset, mesh, device)
         tau |= {f"pixel.{name}": p for name, p in D_tau2.named_parameters()}
     roles = dict(theta=(theta, adamw(theta, args.lr_theta)))
     if tau:
         roles |= dict(tau=(tau, adamw(tau, args.lr_tau)))
     job.start(**roles)
-    if args.profile:
-        count_evaluations(dict(F_phi=F_phi, G_theta=G_theta), job.evaluations)
-    tn = generator_times(args.steps, row.shift, G_theta.schedule).to(device)
-    iteration, accumulation, checkpoint = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
-
-    def draw(name, indices):  # standard normal latents, a function of (seed, iteration, name, index)
-        return noise(job.latent_shape, args.seed, iteration, name, indices).to(device)
-
-    def draw_u(name, indices):  # U[0, 1), likewise
-        return uniform(args.seed, iteration, name, indices).to(device)
+    job.count_evaluations(F_phi=F_phi, G_theta=G_theta)
+    tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
+    iteration, accumulation, recompute = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
 
     def pair(indices):  # x_T, x_0 and c
         if pairs is None:
-            return draw("x_T", indices), draw("x_0", indices), job.random_conditions(indices)
+            return job.noise("x_T", indices), job.noise("x_0", indices), job.random_conditions(indices)
         x_T, x_0, prompts = pairs.read(job.shuffled(indices, len(pairs)))
         return x_T.to(device), x_0.to(device), job.text.encode(prompts)
 
@@ -98,19 +85,19 @@ def main(args):
             # update generator G_theta
             set_trainable(tau, False)
             x_T, x_0, c = pair(indices)
-            t = 1 - draw_u("t", indices) ** 3                                          # Sec. 4.2.1
-            x_t = q(G_theta.schedule, x_0, t, x_T)  # linear interpolation of the pair # Sec. 4.2.1
+            t = 1 - job.uniform("t", indices) ** 3                                     # Sec. 4.2.1
+            x_t = q(G_theta.schedule, x_0, t, x_T)  # linear interpolation of the pair  # Sec. 4.2.1
             v = G_theta(x_t, t, c)
             x_hat_0, _ = to_x_0_eps(G_theta.predicts, G_theta.schedule, v, x_t, t)
             loss_theta = 0.0
             if args.loss == "mse":
                 loss_theta = mse_loss(v, target("velocity", "flow", x_0, t, x_T))      # Eq. (3), ablation A1
             if lambda_1:
-                t_d, z_d = random_time(F_phi.schedule, draw_u("t_d", indices)), draw("z_d", indices)
+                t_d, z_d = random_time(F_phi.schedule, job.uniform("t_d", indices)), job.noise("z_d", indices)
                 h_fake = D_tau1.features(q(F_phi.schedule, x_hat_0, t_d, z_d), t_d, c)
                 loss_theta = loss_theta - lambda_1 * D_tau1(h_fake).mean()             # Eq. (9)
             if lambda_2:
-                g_fake = D_tau2.features(job.decode(x_hat_0), checkpoint)
+                g_fake = D_tau2.features(job.decode(x_hat_0), recompute)
                 loss_theta = loss_theta - lambda_2 * D_tau2(g_fake).mean()             # Eq. (9)
             (loss_theta / accumulation).backward()
             log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
@@ -120,7 +107,7 @@ def main(args):
             set_trainable(tau, True)
             loss_tau = 0.0
             if lambda_1:
-                with torch.no_grad():  # [choice] time and noise of the fake sample's
+                with torch.no_grad():  # [choice] the fake sample's time and noise
                     h_real = D_tau1.features(q(F_phi.schedule, x_0, t_d, z_d), t_d, c)
                 logits_fake, logits_real = D_tau1([h.detach() for h in h_fake]), D_tau1(h_real)
                 loss_tau = loss_tau + lambda_1 * hinge(logits_fake, logits_real)       # Eq. (10)
@@ -138,7 +125,7 @@ def main(args):
                 log.add(loss_tau=loss_tau)
             job.phase("discriminator")
         for role, (_, opt) in roles.items():
-            log.update(role, *update(opt, log.mean(f"loss_{role}")))
+            log.update(role, opt)
         job.phase("update")
         if job.end(log, iteration):
             break
@@ -147,4 +134,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry("adp.py", parse_args, main)
+    flags.entry(__file__, parse_args, main)

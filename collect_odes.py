@@ -8,7 +8,6 @@ Writes OUT/pairs_FIRST-LAST.safetensors and OUT/manifest.json. Pair i depends on
 alone, not on the number of ranks. An interrupted collection goes on when the same command is run again, a
 finished one when --count is larger; shards that --verify found damaged are made again.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -20,21 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models import data
+from models import data, shards
 from models.job import flags, networks
 from models.checkpoint import TORCH_SUFFIXES, InputError
 from models.diffusion import Denoiser, solve, teacher_times
+from models.job.families import source
 from models.job.networks import DTYPES
-from models.parallel import any_rank, init_distributed, is_main, own_share, print0
+from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="collect_odes.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.model_flags(parser)
+    parser = flags.model_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
-    add = parser.add_argument
+    add = parser.add_argument_group("pairs").add_argument
     add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; in its order, again and again")
     add("--count", type=int, help="pairs in all")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
@@ -64,36 +62,22 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def settings(args, row: Preset) -> dict:
+def settings(args, preset: Preset) -> dict:
     """What all pairs of a folder have in common, as it comes back from JSON."""
-    same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, row),
-                seed=args.seed, steps=args.steps, schedule=row.schedule, shift=row.shift, cfg=args.cfg,
+    same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, preset),
+                seed=args.seed, steps=args.steps, schedule=preset.schedule, shift=preset.shift, cfg=args.cfg,
                 precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
-                prompts=data.sha256(args.prompts), checkpoint=fingerprint(networks.source(args, row).path),
+                prompts=shards.sha256(args.prompts), checkpoint=fingerprint(source(args, preset).path),
                 text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
-    video = dict(frames=args.frames, null_prompt=args.null_prompt) if row.frames else {}
-    return json.loads(json.dumps(same | video))
+    same |= dict(frames=args.frames) if preset.frames else {}
+    same |= dict(null_prompt=args.null_prompt) if args.null_prompt else {}
+    return json.loads(json.dumps(same))
 
 
 def plan(args, same: dict) -> tuple[dict, list[tuple[int, int]]]:
     """(manifest with the shards that can stay, (first index, count) of each to make). Raises InputError for
     other settings and when the disk has no room."""
-    manifest = {"shards": []}
-    if (args.out / "manifest.json").exists():
-        manifest = data.read_manifest(args.out)
-    elif any(args.out.glob("pairs_*-*.safetensors")):
-        raise InputError(f"{args.out}: holds shards but no manifest.json; pass another --out")
-    changed = [f"{name} {value} (was {manifest.get(name)})" for name, value in same.items()
-               if manifest["shards"] and manifest.get(name) != value]
-    if changed:
-        raise InputError(f"{args.out}: begun with other settings: {', '.join(changed)}; pass another --out "
-                         "or the flags and files that it was begun with")
-    stay = [entry for entry in manifest["shards"]
-            if not data.shard_fault(args.out, manifest, entry, every_byte=False)]
-    done, S = {entry["first"]: entry["count"] for entry in stay}, args.shard_size
-    todo = [(first, n) for first in range(0, args.count, S)
-            if done.get(first, 0) < (n := min(S, args.count - first))]
-
+    manifest, todo = shards.resume_shards(args.out, "pairs", same, args.count, args.shard_size)
     left = sum(n for _, n in todo)
     need = left * 2 * math.prod(same["latent_shape"]) * DTYPES[args.dtype].itemsize / 1e9
     exists = next(path for path in (args.out.resolve(), *args.out.resolve().parents) if path.exists())
@@ -102,30 +86,7 @@ def plan(args, same: dict) -> tuple[dict, list[tuple[int, int]]]:
         raise InputError(f"{args.out}: {left} pairs need {need:.3g} GB, and {free:.3g} GB are free")
     print0(f"{args.out}: {args.count} pairs of {args.model}, {args.steps} steps, guidance {args.cfg[0]:g} to "
            f"{args.cfg[1]:g}; {left} left, {need:.3g} GB of {free:.3g} GB free")
-    return same | {"count": args.count, "shards": stay}, todo
-
-
-def sweep(folder: Path, manifest: dict) -> None:
-    """Remove what killed runs left half written, and shards that others have replaced."""
-    for path in folder.glob("pairs_*-*.safetensors*"):  # half-written ones end in .tmp
-        if path.name not in [entry["file"] for entry in manifest["shards"]]:
-            path.unlink()
-
-
-def verify(folder: Path) -> None:
-    """Check every byte. Damaged shards leave the manifest, so that the next run makes them again."""
-    manifest = data.read_manifest(folder)
-    faults = {entry["file"]: fault for entry in tqdm(manifest["shards"], unit="shard", dynamic_ncols=True)
-              if (fault := data.shard_fault(folder, manifest, entry))}
-    manifest["shards"] = [entry for entry in manifest["shards"] if entry["file"] not in faults]
-    whole = sum(entry["count"] for entry in manifest["shards"])
-    found = f"{folder}: {whole} of {manifest['count']} pairs are there and whole"
-    if faults:
-        data.write_manifest(folder, manifest)
-        found += "; damaged: " + ", ".join(f"{file} ({fault})" for file, fault in faults.items())
-    if faults or whole < manifest["count"]:
-        raise InputError(f"{found}; run again without --verify to make the others")
-    print(found)
+    return manifest, todo
 
 
 @torch.no_grad()
@@ -134,9 +95,9 @@ def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w
     """x_0 (n ...) in `dtype` on rank 0 from latents x_T (n ...), w (n,) and n prompts. The ranks share the
     work; each `sequence` neighbours have the same samples."""
     n, before, world = len(x_T), bar.n, dist.get_world_size() // sequence
-    own, x_0 = own_share(n, sequence), []
-    for start in range(0, len(own), batch):
-        places = own[start:start + batch]
+    mine, x_0 = share_of_rank(n, sequence), []
+    for start in range(0, len(mine), batch):
+        places = mine[start:start + batch]
         c = text.encode([prompts[i] for i in places])
         x = solve(F_phi, x_T[places].to(tn.device), tn, c, c_null, w[places].to(tn.device))
         x_0.append(x.to(dtype).cpu())
@@ -151,11 +112,11 @@ def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     args.out = args.out or Path("runs") / f"odes-{args.model}"
     if args.verify:
-        return verify(args.out) if is_main() else None
-    row = flags.resolve_model(args)
-    flags.fill(args, row, ("prompts", "cfg"))
-    for name, default in (("count", row.pair_count), ("steps", row.teacher_steps),
-                          ("batch", 2 * row.micro_batch), ("shard_size", 16 if row.frames else 512)):
+        return shards.verify_shards(args.out, "pairs") if is_main() else None
+    preset = flags.resolve_model(args)
+    flags.fill(args, preset, ("prompts", "cfg"))
+    for name, default in (("count", preset.pair_count), ("steps", preset.teacher_steps),
+                          ("batch", 2 * preset.micro_batch), ("shard_size", 16 if preset.frames else 512)):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     flags.at_least_1(args, ("count", "steps", "batch", "shard_size"))
     (low, high), dtype = args.cfg, DTYPES[args.dtype]
@@ -164,37 +125,35 @@ def main(args):
     if args.prompts is None:
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
     prompts = data.read_prompts(args.prompts)
-    same = settings(args, row)
+    same = settings(args, preset)
     manifest, todo = plan(args, same)
     if todo:
-        F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
-        text = networks.load_text(args, row, mesh, device)
-        tn, c_null = teacher_times(args.steps, row.shift, row.schedule).to(device), text.unconditional()
-    any_rank(False)  # every rank has read the folder before rank 0 writes there
+        F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
+        text = networks.load_text(args, preset, mesh, device)
+        tn, c_null = teacher_times(args.steps, preset.shift, preset.schedule).to(device), text.unconditional()
+    barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():
-        data.write_manifest(args.out, manifest)
-        sweep(args.out, manifest)
+        shards.write_manifest(args.out, manifest)
+        shards.sweep_shards(args.out, manifest)
     bar = tqdm(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),
                unit="pair", dynamic_ncols=True)
     for first, n in todo:
         indices = range(first, first + n)
         x_T = data.noise(tuple(same["latent_shape"]), args.seed, 0, "x_T", indices)
         w = low + (high - low) * data.uniform(args.seed, 0, "w", indices)
-        own = [prompts[i % len(prompts)] for i in indices]
-        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, own, args.batch, dtype, bar,
+        captions = [prompts[i % len(prompts)] for i in indices]
+        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, captions, args.batch, dtype, bar,
                           args.sequence_parallel)
         if is_main():
             bad = [i for i, x in zip(indices, x_0) if not x.isfinite().all()]
             if bad:
                 raise InputError(f"x_0 of pair {bad[0]} is not finite; pass --precision fp32 or --dtype bf16")
-            entry = data.write_shard(args.out, first, x_T.to(dtype), x_0, w, own)
-            others = [other for other in manifest["shards"] if other["first"] != first]
-            manifest["shards"] = sorted([*others, entry], key=lambda entry: entry["first"])
-            data.write_manifest(args.out, manifest)
-            sweep(args.out, manifest)
+            entry = shards.write_shard(args.out, first, x_T.to(dtype), x_0, w, captions)
+            shards.add_shard(args.out, manifest, entry)
+            shards.sweep_shards(args.out, manifest)
     bar.close()
-    print0(data.Pairs(args.out, manifest))
+    print0(shards.Pairs(args.out, manifest))
 
 
 if __name__ == "__main__":
-    flags.entry("collect_odes.py", parse_args, main)
+    flags.entry(__file__, parse_args, main)

@@ -7,13 +7,13 @@
     python evaluate.py --images VIDEOS --metrics vbench     # or --metrics vbench --vbench-results FOLDER
 
 A picture's prompt is what sample.py has noted in it, else the one of --prompts at its place in the order of
-the names. Writes OUT/results.json and OUT/table.md, and each score at once to OUT/scores.jsonl: the same
-command goes on where it was stopped. What cannot be read is named and left out.
+the names. A folder whose files note different models, checkpoints, steps or guidance is refused. Writes
+OUT/results.json and OUT/table.md, and each score at once to OUT/scores.jsonl: the same command goes on where
+it was stopped. What cannot be read is named and left out.
 """
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +21,13 @@ import torch
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
-from models.eval import fvd, lpips, metrics, moving_shapes, prompt_sets, shapes, vbench
-from models.job import flags
 from models.checkpoint import InputError, replacing, some
-from models.data import read_mp4
-from models.eval.metrics import PICTURES, VIDEOS, Item, by_prompt, mean, of_kind, read_picture, score_items
-from models.eval.scores import BACKBONES, HPS_FILES, load_scorer
+from models.eval import metrics, prompt_sets
+from models.eval.metrics import Folder, Item, mean, score_items
+from models.job import flags
+from models.pictures import PICTURES, VIDEOS, read_mp4, read_picture, rgb
 
-SCORERS = ("clip", "pickscore", "hpsv2", "mps")
-METRICS = (*SCORERS, "lpips", "fvd", "clip-video", "vbench", "shapes")
+METRICS = ("clip", "pickscore", "hpsv2", "mps", "lpips", "fvd", "clip-video", "vbench", "shapes")
 
 
 def parse_args(argv=None):
@@ -49,85 +47,57 @@ def parse_args(argv=None):
         add(f"--{name}-ckpt", type=Path, help="file or folder; without it the Hugging Face hub is asked")
     add("--mps-ckpt", type=Path, help="MPS_overall_checkpoint.pth")
     add("--tokenizer", type=Path, help="folder of CLIP's tokenizer; without it the hub is asked")
-    add("--clip-backbone", choices=BACKBONES, help="default: ViT-g-14, for clip-video ViT-B-32")
+    add("--clip-backbone", metavar="NAME",
+        help="default: ViT-g-14, for clip-video ViT-B-32; also ViT-H-14, ViT-L-14, ViT-B-16")
     add("--clip-pipeline", choices=("plain", "dmd2"), default="plain", help="of the metric clip")
-    add("--hpsv2-version", choices=HPS_FILES, default="v2.0")
+    add("--hpsv2-version", choices=("v2.0", "v2.1"), help="default: v2.0, or what the file's name says")
     add("--mps-threshold", type=float, default=0.3)
     add("--lpips-ckpt", type=Path, nargs="+", metavar="FILE",
         help="torchvision's file and lpips', or one with both")
-    add("--lpips-net", choices=lpips.NETS, default="vgg")
+    add("--lpips-net", choices=("vgg", "alex", "vgg-avgpool"), default="vgg")
     add("--i3d-ckpt", type=Path, help="i3d_torchscript.pt, a program that is run, or i3d_pretrained_400.pt")
     add("--real", type=Path, metavar="FOLDER", help="of fvd's real videos, with all folders in it")
     add("--frames", type=int, default=16, help="that fvd takes of each video, from its start")
     add("--stride", type=int, default=4, help="of the frames fvd takes of a real video; 1 of a generated one")
-    add("--fvd-resize", choices=fvd.RESIZE, default="crop", help="inside: by the TorchScript file")
+    add("--fvd-resize", choices=("crop", "stretch", "inside"), default="crop",
+        help="inside: by the TorchScript file")
     add("--fvd-biased", action="store_true", help="covariances 1/n, as StyleGAN-V, in place of 1/(n-1)")
     add("--vbench-results", type=Path, nargs="+", metavar="PATH",
         help="*_eval_results.json files, or their folder")
     add("--vbench-short", type=Path, metavar="FILE",
-        help="VBench's own prompt for each line of --prompts, where the videos were sampled with longer ones")
+        help="VBench's prompt for each line of --prompts, where the videos were sampled with longer ones")
     return parser.parse_args(argv)
-
-
-@dataclass
-class Folder:
-    """One row of the table. `broken`: file -> why it is left out; `figures`: column -> value."""
-    path: Path
-    items: list[Item]
-    broken: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def of(self, suffixes: tuple[str, ...], prompted: bool = True) -> list[Item]:
-        return of_kind(self.path, self.items, suffixes, prompted)
-
-
-def scores_of(args, folder: Folder, head: dict, groups: list, read, compute, batch: int) -> list:
-    return score_items(args.out / "scores.jsonl", head, groups, read, compute, batch, folder.broken)
 
 
 # ---- metrics: each loads its networks and returns (variant, function from a folder to its figures) ---------
 
-def scorer(kind: str, args, **options):
-    ckpt = getattr(args, f"{kind}_ckpt")
-    try:
-        score = load_scorer(kind, ckpt, args.tokenizer, args.device, **options)
-    except InputError as error:  # whose flags are those of one scorer
-        words = str(error).replace("--ckpt", f"--{kind}-ckpt").replace("--backbone", "--clip-backbone")
-        raise InputError(words) from error
-    return score, dict(variant=score.describe, weights=str(ckpt or "hub"))
-
-
-def picture_score(kind: str, args):
+def scored(kind: str, args):
+    """The CLIP score, PickScore, HPSv2 or MPS of pictures; of "clip-video" the CLIP score of all frames."""
+    from models.eval.scores import load_scorer
+    video, name = kind == "clip-video", kind.removesuffix("-video")
     options = {"clip": dict(backbone=args.clip_backbone or "ViT-g-14", pipeline=args.clip_pipeline),
+               "clip-video": dict(backbone=args.clip_backbone or "ViT-B-32"),
                "hpsv2": dict(version=args.hpsv2_version), "mps": dict(threshold=args.mps_threshold)}
-    score, head = scorer(kind, args, **options.get(kind, {}))
+    ckpt = getattr(args, f"{name}_ckpt")
+    score = load_scorer(name, ckpt, args.tokenizer, args.device, **options.get(kind, {}))
+    head = dict(metric=kind, variant=score.describe, weights=str(ckpt or "hub"))
+    suffixes, read, batch = (VIDEOS, read_mp4, 1) if video else (PICTURES, read_picture, args.batch)
 
-    def compute(pictures: list[list], prompts: list[str]) -> list[float]:
-        return score([picture for picture, in pictures], prompts).tolist()
-
-    def measure(folder: Folder) -> dict[str, float]:
-        groups, row = [[item] for item in folder.of(PICTURES)], head | {"metric": kind}
-        return {kind: mean(scores_of(args, folder, row, groups, read_picture, compute, args.batch))}
-
-    return score.describe, measure
-
-
-def clip_video(args):
-    score, head = scorer("clip", args, backbone=args.clip_backbone or "ViT-B-32")
-
-    def compute(videos: list[list], prompts: list[str]) -> list[float]:
-        return [metrics.quick_scores(video[None], [prompt], ["clip"], {"clip": score}, args.batch)["clip"]
-                for (video,), prompt in zip(videos, prompts)]
+    def compute(loaded: list[list], prompts: list[str]) -> list[float]:
+        if not video:
+            return score([picture for picture, in loaded], prompts).tolist()
+        return [metrics.quick_scores(clip[None], [prompt], ["clip"], {"clip": score}, args.batch)["clip"]
+                for (clip,), prompt in zip(loaded, prompts)]
 
     def measure(folder: Folder) -> dict[str, float]:
-        groups, row = [[item] for item in folder.of(VIDEOS)], head | {"metric": "clip-video"}
-        return {"clip-video": mean(scores_of(args, folder, row, groups, read_mp4, compute, 1))}
+        groups = [[item] for item in folder.of(suffixes)]
+        return {kind: mean(score_items(folder, head, groups, read, compute, batch))}
 
     return score.describe, measure
 
 
 def diversity(args):
+    from models.eval import lpips
     net = lpips.load_lpips(args.lpips_net, args.lpips_ckpt, args.device)
     head = dict(metric="lpips", variant=f"{args.lpips_net}, 512 x 512", weights=some(args.lpips_ckpt))
 
@@ -137,16 +107,17 @@ def diversity(args):
         return [lpips.diversity(net, pictures, args.batch) for pictures in groups]
 
     def measure(folder: Folder) -> dict[str, float]:
-        groups = by_prompt(folder.of(PICTURES))
+        groups = metrics.by_prompt(folder.of(PICTURES))
         counts = sorted({len(group) for group in groups})
         if counts != [4]:
             folder.notes.append(f"LPIPS diversity of {some(counts)} pictures a prompt; the paper's is of 4")
-        return {"lpips": mean(scores_of(args, folder, head, groups, read_picture, compute, 1))}
+        return {"lpips": mean(score_items(folder, head, groups, read_picture, compute, 1))}
 
     return head["variant"], measure
 
 
 def video_distance(args):
+    from models.eval import fvd
     real = sorted(args.real.rglob("*.mp4"), key=metrics.in_order) if args.real else []
     if not real:
         raise InputError(f"{args.real or '--real FOLDER'}: expected real videos (.mp4) to compare with")
@@ -164,8 +135,8 @@ def video_distance(args):
     def logits(folder: Folder, items: list[Item], stride: int) -> torch.Tensor:
         head = dict(metric="fvd", variant=f"{variant}, stride {stride}", weights=str(args.i3d_ckpt))
         read = partial(read_mp4, frames=args.frames, stride=stride)
-        rows = scores_of(args, folder, head, [[item] for item in items], read, compute, -(-args.batch // 4))
-        return torch.tensor([row for row in rows if row is not None], dtype=torch.float64)
+        found = score_items(folder, head, [[item] for item in items], read, compute, -(-args.batch // 4))
+        return torch.tensor([one for one in found if one is not None], dtype=torch.float64)
 
     def measure(folder: Folder) -> dict[str, float]:
         a = logits(folder, folder.of(VIDEOS, prompted=False), 1)
@@ -178,13 +149,14 @@ def video_distance(args):
 
 
 def video_bench(args):
+    from models.eval import vbench
     short = {}
     if args.vbench_short:
-        long, own = (prompt_sets.prompt_set(path) for path in (args.prompts or "vbench", args.vbench_short))
-        if len(long) != len(own):
-            raise InputError(f"{args.vbench_short}: {len(own)} prompts, and {len(long)} in --prompts; "
+        long, names = (prompt_sets.prompt_set(path) for path in (args.prompts or "vbench", args.vbench_short))
+        if len(long) != len(names):
+            raise InputError(f"{args.vbench_short}: {len(names)} prompts, and {len(long)} in --prompts; "
                              "expected one for each")
-        short = dict(zip(long, own))
+        short = dict(zip(long, names))
 
     def name_of(item: Item) -> str:
         if short and item.prompt not in short:
@@ -207,33 +179,34 @@ def video_bench(args):
 
 
 def exact(args):
+    from models.eval import shapes
+
     def measure(folder: Folder) -> dict[str, float]:
-        videos = any(item.path.suffix.lower() in VIDEOS for item in folder.items)
+        video = any(item.path.suffix.lower() in VIDEOS for item in folder.items)
         samples, prompts = [], []
-        for item in tqdm(folder.of(VIDEOS if videos else PICTURES), desc="shapes", unit="item"):
+        for item in tqdm(folder.of(VIDEOS if video else PICTURES), desc="shapes", unit="item"):
             try:
-                sample = read_mp4(item.path) if videos else metrics.pixels(read_picture(item.path))
-                if videos and sample.shape[2:] == (4 * shapes.SIZE, 4 * shapes.SIZE):  # sample.py enlarges
-                    sample = avg_pool2d(sample.float(), 4).round().byte()
-                samples.append(sample)
-                prompts.append(item.prompt)
+                sample = read_mp4(item.path) if video else rgb(read_picture(item.path))
             except InputError as error:
                 folder.broken[str(item.path)] = str(error)
+                continue
+            if video and sample.shape[2:] == (4 * shapes.SIZE, 4 * shapes.SIZE):  # sample.py enlarges
+                sample = avg_pool2d(sample.float(), 4).round().byte()
+            samples.append(sample)
+            prompts.append(item.prompt)
         sizes = {" x ".join(map(str, sample.shape)) for sample in samples}
         if len(samples) < 2 or len(sizes) > 1 or samples[0].shape[-2:] != (shapes.SIZE, shapes.SIZE):
             raise InputError(f"{folder.path}: {len(samples)} samples of {some(sizes)}; the exact evaluator "
                              f"takes the tiny models' {shapes.SIZE} x {shapes.SIZE}, two at least")
         if len(prompts) < 8 * len(set(prompts)):
             folder.notes.append("total variation and Frechet distance need many samples of each prompt: "
-                                f"`python sample.py --prompts {'moving-' * videos}shapes`")
-        return (moving_shapes if videos else shapes).evaluate(torch.stack(samples), prompts)
+                                f"`python sample.py --prompts {'moving-' * video}shapes`")
+        return metrics.quick_scores(torch.stack(samples), prompts, ["shapes"], {})
 
     return "", measure
 
 
-MAKERS = {kind: partial(picture_score, kind) for kind in SCORERS}
-MAKERS |= {"lpips": diversity, "fvd": video_distance, "clip-video": clip_video, "vbench": video_bench,
-           "shapes": exact}
+LOADERS = {"lpips": diversity, "fvd": video_distance, "vbench": video_bench, "shapes": exact}
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -243,20 +216,19 @@ def main(args):
     if args.vbench_results and len(args.images) > 1:
         raise InputError("--vbench-results are those of one set of videos; expected one folder of --images")
     prompts = prompt_sets.prompt_set(args.prompts) if args.prompts else None
+    args.out.mkdir(parents=True, exist_ok=True)
     folders, problems, variants = [], [], {}
-    for path in args.images:
-        if args.vbench_results and args.metrics == ["vbench"]:
-            folders.append(Folder(args.vbench_results[0], []))  # the videos may lie elsewhere
-            continue
+    elsewhere = args.metrics == ["vbench"] and args.vbench_results  # no need of the videos
+    for path in args.vbench_results[:1] if elsewhere else args.images:
+        folder = Folder(path, args.out / "scores.jsonl")
         try:
-            broken = {}
-            folders.append(Folder(path, metrics.read_items(path, prompts, broken), broken))
+            folder.items = [] if elsewhere else metrics.read_items(path, prompts, folder.broken)
+            folders.append(folder)
         except InputError as error:
             problems.append(str(error))
-    args.out.mkdir(parents=True, exist_ok=True)
     for metric in args.metrics if folders else ():
         try:
-            variant, measure = MAKERS[metric](args)
+            variant, measure = LOADERS.get(metric, partial(scored, metric))(args)
         except InputError as error:
             problems.append(f"{metric}: {error}")
             continue
@@ -275,9 +247,8 @@ def main(args):
 
 def report(args, folders: list[Folder], variants: dict[str, str]) -> None:
     broken = {name: reason for folder in folders for name, reason in folder.broken.items()}
-    for line in [f"{folder.path}: {note}" for folder in folders for note in folder.notes] + \
-            [f"left out: {reason}" for reason in broken.values()]:
-        print(line, file=sys.stderr)
+    told = [f"{folder.path}: {note}\n" for folder in folders for note in folder.notes]
+    sys.stderr.write("".join(told + [f"left out: {reason}\n" for reason in broken.values()]))
     if not variants:
         return
     paper = metrics.paper_rows({item.model for folder in folders for item in folder.items}, list(variants))

@@ -6,11 +6,11 @@
     torchrun --nproc_per_node 8 sample.py --model cogvideox-5b --sequence-parallel 8
 
 Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png; of videos
-000.mp4, ..., grid.mp4 and in grid.png six frames of each. A file that this project exported says how many
-steps it was trained for, and at which guidance, mostly none; then the generator's schedule is used.
-Everything else is sampled as a teacher: Euler or DDIM steps on the original's schedule with guidance.
+000.mp4, ..., grid.mp4 and in grid.png six frames of each. An OUT with samples of other settings is refused:
+evaluate.py scores a folder as one generator's. A file that this project exported says how many steps it was
+trained for, and at which guidance, mostly none; then the generator's schedule is used. Everything else is
+sampled as a teacher: Euler or DDIM steps on the original's schedule with guidance.
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -19,30 +19,29 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from models import lora
-from models.job import flags, networks, sampling
 from models.checkpoint import InputError, open_tensors
-from models.data import film_strip, picture, save_grid, save_mp4, save_png
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.parallel import any_rank, init_distributed, is_main, print0
-from models.presets import PRESETS
 from models.eval.prompt_sets import SETS, prompt_set
+from models.job import flags, networks, sampling
+from models.job.families import FAMILIES, source
+from models.parallel import barrier, init_distributed, is_main, print0
+from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
+from models.presets import PRESETS
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.model_flags(parser)
-    parser.set_defaults(model=None)  # the exported file's own, else tiny-sd3
-    add = parser.add_argument
+    parser = flags.model_parser(__file__, __doc__)
+    parser.set_defaults(model=None)  # what an exported file says, else tiny-sd3
+    add = parser.add_argument_group("samples").add_argument
     add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into weights")
     add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
-    add("--prompts", help=f"file, or a set by name: {', '.join(SETS)}; default: some of our own")
+    add("--prompts", help=f"file, or a set by name: {', '.join(SETS)}; default: the preset's")
     add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
     add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
     add("--batch", type=int, default=4, help="pictures per forward")
-    add("--out", type=Path, default=Path("samples"))
+    add("--out", type=Path, default=Path("samples"), help="folder, for samples of one generator and settings")
     return parser.parse_args(argv)
 
 
@@ -52,13 +51,10 @@ def from_run_folder(args) -> None:
     if trained is None:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
-    if base and PRESETS[args.model].frames:
-        row = PRESETS[args.model]
-        for flag in networks.COGVIDEOX_PARTS:
-            if trained[flag] in (None, row.tokenizers):
-                trained[flag] = networks.beside_denoiser(base, row, flag)
-    if base and not trained["text_ckpt"] and (base.parent / "text_encoders").is_dir():
-        trained["text_ckpt"] = base.parent  # where training found them
+    preset = PRESETS[args.model]
+    for flag in ("vae_ckpt", "text_ckpt", "tokenizers"):  # where training found what it was not told
+        if base and trained.get(flag) in (None, preset.tokenizers):
+            trained[flag] = FAMILIES[preset.family].beside(base, preset, flag) or trained.get(flag)
     args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
     vae = trained.get("vae_ckpt")
     args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
@@ -75,64 +71,100 @@ def from_run_folder(args) -> None:
                          "or continue it with --resume")
 
 
-def exported(args) -> dict[str, str]:
+def export_notes(args) -> dict[str, str]:
     """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.predicts, ..."""
     files = [path for path in (args.ckpt, args.lora) if path and path.is_file()]
     return {key: value for path in files for key, value in open_tensors(path).metadata.items()
             if key.startswith("dmdx.")}
 
 
+def checkpoint_name(args, repo: str) -> str:
+    """Which weights a sample is of: file names, of a run's export the run folder's name."""
+    names = [path.absolute().parent.name if path.name.startswith("generator") else path.absolute().name
+             for path in (args.ckpt, args.lora) if path]
+    strength = f" x {args.lora_scale:g}" * bool(args.lora and args.lora_scale != 1)
+    return " + ".join(names if args.ckpt else [repo, *names]) + strength
+
+
+def sample_note(settings: dict[str, str], prompts: list[str], i: int) -> dict[str, str]:
+    """What the file of sample i notes."""
+    return dict(prompt=prompts[i % len(prompts)], index=str(i)) | settings
+
+
+def refuse_other_samples(out: Path, settings: dict[str, str], prompts: list[str]) -> None:
+    """Raises InputError if `out` holds a sample that these settings, with some --count, would not make."""
+    for path in sorted(out.glob("[0-9]*.*")):
+        if path.stem.isdecimal() and path.suffix in (".png", ".mp4"):
+            found, note = read_text(path), sample_note(settings, prompts, int(path.stem))
+            other = [f"{key} {str(found.get(key))[:60]} (now {value[:60]})" for key, value in note.items()
+                     if found.get(key) != value]
+            if other:
+                raise InputError(f"{out}: {path.name} is of other settings: {', '.join(other)}; expected "
+                                 "another --out, or this one emptied")
+
+
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
+    asked = args.model
+    if args.ckpt and not args.ckpt.exists():
+        raise InputError(f"{args.ckpt}: no such file or folder; expected a checkpoint or a run folder")
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
-    own = exported(args)
-    args.model = args.model or own.get("dmdx.model", "tiny-sd3")
-    args.null_prompt = args.null_prompt or own.get("dmdx.null_prompt")
-    row = flags.resolve_model(args)
+    notes = export_notes(args)
+    args.model = notes.get("dmdx.model", args.model or "tiny-sd3")
+    if asked not in (None, args.model):
+        raise InputError(f"--model {asked}: {args.lora or args.ckpt} was trained for {args.model}; expected "
+                         "that one or no --model")
+    args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
+    preset = flags.resolve_model(args)
     flags.at_least_1(args, ("count", "steps", "batch"))
-    net = networks.load_network(args, row, mesh, device)
-    metadata = networks.source(args, row).metadata | own
-    if args.lora:
-        lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net), args.lora_scale)
+    metadata = source(args, preset).metadata | notes
     student = "dmdx.steps" in metadata
-    steps = args.steps or int(metadata.get("dmdx.steps", row.teacher_steps))
-    shift = float(metadata.get("dmdx.shift", row.shift))
-    F = Denoiser(net, metadata.get("dmdx.predicts", row.predicts),
-                 metadata.get("dmdx.schedule", row.schedule))
-    tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
-    guidance = float(metadata.get("dmdx.cfg", 1)) if student else row.teacher_cfg
+    steps = args.steps or int(metadata.get("dmdx.steps", preset.teacher_steps))
+    shift = float(metadata.get("dmdx.shift", preset.shift))
+    guidance = float(metadata.get("dmdx.cfg", 1)) if student else preset.teacher_cfg
     cfg = args.cfg if args.cfg is not None else guidance
-
     if args.prompt is not None:
         prompts = [args.prompt]
     else:
-        prompts = prompt_set(args.prompts) if args.prompts else list(row.sample_prompts)
+        prompts = prompt_set(args.prompts) if args.prompts else list(preset.sample_prompts)
+    size = [args.frames] * bool(preset.frames) + list(args.size)
+    settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
+                    ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
+    refuse_other_samples(args.out, settings, prompts)
+
+    family = FAMILIES[preset.family]
+    net = networks.load_network(args, preset, mesh, device)
+    if args.lora:
+        lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net, family.names), args.lora_scale)
+    F = Denoiser(net, metadata.get("dmdx.predicts", preset.predicts),
+                 metadata.get("dmdx.schedule", preset.schedule))
+    tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
-    text, vae = networks.load_text(args, row, mesh, device), networks.load_vae(args, row, device)
-    shape, shown = networks.latent_shape(args, row), []  # for the grid: as many as a person looks at
+    text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
+    shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at
     block = args.batch * dist.get_world_size() // args.sequence_parallel
     for first in tqdm(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):
         part = prompts[first:first + block]
         images = sampling.generate(F, text, vae, part, tn, shape, args.seed, None if cfg == 1 else cfg,
-                                   args.batch, row.decode_batch, args.sequence_parallel,
+                                   args.batch, preset.decode_batch, args.sequence_parallel,
                                    args.context_parallel, first)
-        for i, (image, prompt) in enumerate(zip(images, part) if is_main() else (), first):
-            note = dict(prompt=prompt, seed=str(args.seed), index=str(i), steps=str(steps), cfg=f"{cfg:g}",
-                        model=args.model)
-            if row.frames:
-                save_mp4(args.out / f"{i:03d}.mp4", [picture(frame, 128) for frame in image], row.fps, note)
+        for i, image in enumerate(images if is_main() else (), first):
+            note = sample_note(settings, prompts, i)
+            if preset.frames:
+                save_mp4(args.out / f"{i:03d}.mp4", [picture(frame, 128) for frame in image],
+                         family.fps, note)
             else:
                 save_png(args.out / f"{i:03d}.png", image, note)
-        shown += images[:(16 if row.frames else 64) - len(shown)]
-        any_rank(False)  # the others wait for the writing on gloo, which is more patient than nccl
+        shown += images[:(16 if preset.frames else 64) - len(shown)]
+        barrier()  # the others wait for the writing
     if is_main():
-        save_grid(args.out / "grid.png", torch.stack(shown), columns=4, fps=row.fps)
-        if row.frames:
+        save_grid(args.out / "grid.png", torch.stack(shown), columns=4, fps=family.fps)
+        if preset.frames:
             save_grid(args.out / "grid.png", film_strip(torch.stack(shown)), columns=6)
-    kind = "videos" if row.frames else "pictures"
+    kind = "videos" if preset.frames else "pictures"
     print0(f"{len(prompts)} {kind}, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
 
 
 if __name__ == "__main__":
-    flags.entry("sample.py", parse_args, main)
+    flags.entry(__file__, parse_args, main)

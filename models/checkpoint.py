@@ -251,18 +251,18 @@ def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
          ignore: tuple[str, ...] = ()) -> None:
     """Fill a whole network, usually built on `meta`; floating-point tensors become `dtype`. As strict as
     `check_names`. A weight that the network has under two names stays one; the file may hold it once."""
-    own, names = net.state_dict(keep_vars=True), {}
-    for name, p in own.items():
+    weights, names = net.state_dict(keep_vars=True), {}
+    for name, p in weights.items():
         names.setdefault(p, []).append(name)
     source = {p: next((name for name in same if name in tensors), same[0]) for p, same in names.items()}
-    expected = {name: tuple(p.shape) for name, p in own.items() if name in tensors or name == source[p]}
+    expected = {name: tuple(p.shape) for name, p in weights.items() if name in tensors or name == source[p]}
     check_names(tensors, expected, ignore)
     filled = {}
     for p, name in source.items():
         value = tensors[name]
         value = value.to(dtype) if value.is_floating_point() else value
         filled[p] = nn.Parameter(value, p.requires_grad) if isinstance(p, nn.Parameter) else value
-    net.load_state_dict({name: filled[p] for name, p in own.items()}, assign=True)
+    net.load_state_dict({name: filled[p] for name, p in weights.items()}, assign=True)
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -299,13 +299,15 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
 
 # ---- finding -----------------------------------------------------------------------------------------------
 
-def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
+def find(file: str, ckpt: str | Path | None, repo: str, advice: str = "") -> Path:
     """Where `file` is: in `ckpt` when that is given (the file or folder itself, or a local copy of `repo`),
     else downloaded from the Hugging Face repository `repo` as HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE say. A
-    name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError."""
+    name that ends in "/" is a folder of weights, settings and tokenizer files. Raises InputError, whose last
+    words are `advice`: the flag that takes the file, where that is not --ckpt."""
     if ckpt is not None:
         if not Path(ckpt).exists():
-            raise InputError(f"{ckpt}: no such file or folder; expected {file}" + (f", as in {repo}" if repo else ""))
+            advice = advice or f"expected {file}" + f", as in {repo}" * bool(repo)
+            raise InputError(f"{ckpt}: no such file or folder; {advice}")
         inside = Path(ckpt) / file
         return inside if inside.exists() else Path(ckpt)
     from huggingface_hub import constants, hf_hub_download, snapshot_download  # slow to import, seldom needed
@@ -320,7 +322,7 @@ def find(file: str, ckpt: str | Path | None, repo: str) -> Path:
         reason = f"no such folder in {url}"
     except Exception as error:  # of many kinds, which differ between versions of huggingface_hub
         reason = why(error, url)
-    raise InputError(f"{file} of {repo}: {reason}; --ckpt PATH takes a local copy")
+    raise InputError(f"{file} of {repo}: {reason}; {advice or '--ckpt PATH takes a local copy'}")
 
 
 def why(error: BaseException, url: str) -> str:

@@ -1,24 +1,20 @@
 """CogVideoX-2b and -5b, the text-to-video denoiser (Yang et al. 2024, "CogVideoX: Text-to-Video Diffusion
 Models with An Expert Transformer").
 
-Attribute names are the tensor names of the published `transformer/` files, so that loading needs no key map;
-`from_sat` presents the original release (SAT) under these names. 2b adds fixed sinusoids of a token's place,
-5b turns queries and keys by it (rotary); else they differ in size alone. The position tables are computed and
-never stored. The network stands alone, on torch and einops; `from_sat` is about checkpoint files.
+Attribute names are the tensor names of the published `transformer/` files, so that loading needs no key map.
+2b adds fixed sinusoids of its place to each video token, 5b rotates queries and keys by it; otherwise the two
+differ only in size. Tables of positions are computed and never stored. The file stands alone: torch, einops.
 
 Shapes: B batch, T latent frames, C latent channels, H W latent size, h w = H/patch W/patch, S text tokens,
 V = T h w video tokens (frame by frame, row by row), L = S + V, D width, N heads, E of the time embedding.
 """
 import math
-import re
 from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
-
-from models.checkpoint import Tensors
 
 # ---- positions ---------------------------------------------------------------------------------------------
 
@@ -34,10 +30,11 @@ def sincos_table(T: int, h: int, w: int, width: int, interpolation: float, dtype
                  device: torch.device | str = "cpu") -> Tensor:
     """Fixed sinusoids of the video tokens (V width): a quarter of the features for the frame, three eighths
     for the column, then as many for the row, sines first in each. Columns and rows are divided by
-    `interpolation` at every size, as diffusers does; the original is right at 30 x 45 alone."""
+    `interpolation` at every size, as in diffusers; the original release has one table, of 30 x 45 patches."""
     def axis(count: int, features: int, scale: float) -> Tensor:
         rates = 10000 ** (-torch.arange(features // 2, dtype=torch.float64, device="cpu") / (features // 2))
-        places = torch.arange(count, dtype=torch.float32, device="cpu") / scale  # rounded as the original's
+        # Float32 here and float64 below: the original rounds so.
+        places = torch.arange(count, dtype=torch.float32, device="cpu") / scale
         angles = places[:, None].double() * rates
         return torch.cat([angles.sin(), angles.cos()], dim=-1).to(device, dtype)
     frame, part = axis(T, width // 4, 1), 3 * width // 8
@@ -47,8 +44,8 @@ def sincos_table(T: int, h: int, w: int, width: int, interpolation: float, dtype
 
 
 def fitted_grid(h: int, w: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Row and column coordinates of h x w patches: the patches' grid is fitted into `grid`, that of the
-    training, keeping its aspect, and centred. diffusers' rule; plain indices when the two are equal."""
+    """Row and column coordinates of h x w patches. They are fitted into `grid`, the patches of the training,
+    keeping their aspect, and centred, as in diffusers: plain indices when the two grids are equal."""
     H, W = grid
     fit_h, fit_w = (H, round(H * w / h)) if h / w > H / W else (round(W * h / w), W)
     axes = []
@@ -61,8 +58,8 @@ def fitted_grid(h: int, w: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=4)
 def rotary_table(S: int, T: int, h: int, w: int, head_dim: int, grid: tuple[int, int],
                  device: torch.device | str = "cpu") -> Tensor:
-    """Unit complex numbers that turn the pairs of a head's features, (L head_dim/2): a quarter for the frame,
-    three eighths for the row, then as many for the column. Text is not turned: its rows are 1."""
+    """Unit complex numbers that rotate the pairs of a head's features, (L head_dim/2): a quarter for the
+    frame, three eighths for the row, then as many for the column. Those of text are 1: no rotation."""
     def axis(places: Tensor, features: int) -> Tensor:
         return places[:, None] * (1 / 10000 ** (torch.arange(0, features, 2, device="cpu") / features))
     rows, columns = fitted_grid(h, w, grid)
@@ -74,7 +71,7 @@ def rotary_table(S: int, T: int, h: int, w: int, head_dim: int, grid: tuple[int,
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """x (B L N D/N), its adjacent pairs of features turned, in float32, by `rotary` (1 L 1 D/2N)."""
+    """x (B L N D/N) with its adjacent pairs of features rotated by `rotary` (1 L 1 D/2N), in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
@@ -82,14 +79,14 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 # ---- network -----------------------------------------------------------------------------------------------
 
 def attend(q: Tensor, k: Tensor, v: Tensor, total: int) -> Tensor:
-    """Full attention over (B N L D/N), no mask. One of three seams for sequence parallelism (`block.attend`,
-    `net.cut`, `net.join`): on a rank that holds part of the tokens, `total` is still L."""
+    """Full attention over (B N L D/N), no mask. Sequence parallelism replaces `block.attend`, `net.cut` and
+    `net.join`: a rank then holds part of the tokens, and `total` still is L, the number of all."""
     return scaled_dot_product_attention(q, k, v)
 
 
 def whole(x: Tensor, first: int, total: int) -> Tensor:
-    """`net.cut` and `net.join` on one rank. x (B n ...) are the tokens from `first` on of a joint sequence of
-    `total`; `cut` keeps those of this rank, `join` puts them together again."""
+    """`net.cut` and `net.join` without sequence parallelism: x (B n ...), the tokens from `first` on of a
+    sequence of `total`, stays whole. With it `cut` keeps this rank's tokens and `join` gathers all again."""
     return x
 
 
@@ -101,7 +98,7 @@ class PatchEmbed(nn.Module):
         self.text_proj = nn.Linear(text_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The convolution of disjoint patches is a Linear, whose result is tokens already.
+        # A convolution of disjoint patches is a Linear on each of them, and that leaves tokens.
         x = rearrange(x, "B T C (h p) (w q) -> B (T h w) (C p q)", p=self.patch, q=self.patch)
         return linear(x, self.proj.weight.flatten(1), self.proj.bias)  # B V D
 
@@ -117,7 +114,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ExpertNorm(nn.Module):
-    """LayerNorm and modulation. The modulations are all that text and video have apart in a block."""
+    """LayerNorm, and modulations for text and for video: the only weights of a block that the two do not
+    share."""
 
     def __init__(self, width: int, time_dim: int):
         super().__init__()
@@ -182,7 +180,7 @@ class Block(nn.Module):
 
     def forward(self, video: Tensor, text: Tensor, c: Tensor, rotary: Tensor | None,
                 total: int) -> tuple[Tensor, Tensor]:
-        sizes = [text.shape[1], video.shape[1]]  # either can be 0 on a rank of sequence parallelism
+        sizes = [text.shape[1], video.shape[1]]  # under sequence parallelism either can be 0
         x, gate_text, gate_video = self.norm1(text, video, c)
         x = self.attn1.out(self.attend(*self.attn1.project(x, rotary), total))
         x_text, x_video = x.split(sizes, dim=1)
@@ -196,7 +194,7 @@ class FinalNorm(nn.Module):
     def __init__(self, width: int, time_dim: int):
         super().__init__()
         self.linear = nn.Linear(time_dim, 2 * width)
-        # The eps of the published layout's implementation, diffusers; the original has 1e-6 here.  # [choice]
+        # diffusers, where the published files are from, has this eps; the original has 1e-6.  # [choice]
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -207,9 +205,9 @@ class FinalNorm(nn.Module):
 class CogVideoX(nn.Module):
     """Network of v = alpha * eps - sigma * x_0. Build it with `CogVideoX(**config_from_shapes(shapes))`.
 
-    `rotary`: rotary embedding as in 5b, else sinusoids as in 2b; None decides by the width, which is all that
-    tells the two files apart. `grid`: rows and columns of patches in training (480 x 720 pixels);
-    `interpolation`: divisor of the sinusoids' rows and columns.
+    `rotary`: rotary positions as in 5b, else sinusoids as in 2b; None decides by the width, since the names
+    in the two files are the same. `grid`: rows and columns of patches in training (480 x 720 pixels), for
+    rotary positions. `interpolation`: divisor of the sinusoids' rows and columns.
     """
 
     def __init__(self, depth: int, heads: int, head_dim: int, in_channels: int, text_dim: int, time_dim: int,
@@ -238,11 +236,11 @@ class CogVideoX(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: tuple[Tensor, Tensor | None], taps: tuple[int, ...] = (),
                 lora: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
-        """v (B T C H W) at x_t (B T C H W), t (B,) in [0, 1] and cond = (context (B S D_text), unused).
+        """v (B T C H W) at x_t (B T C H W), t (B,) in [0, 1] and cond = (context (B S D_text), not used).
 
         With `taps`, the video maps (B D T h w) leaving these blocks instead; nothing after the last one is
-        run. Raises ValueError for a latent size that is no multiple of the patch, and for `lora`, since there
-        are no adapters for this network.
+        run. Raises ValueError for a latent size that is no multiple of the patch, and for the name of an
+        adapter in `lora`: this network has none.
         """
         context, dtype = cond[0], self.proj_out.weight.dtype
         T, (H, W) = x_t.shape[1], x_t.shape[-2:]
@@ -250,7 +248,7 @@ class CogVideoX(nn.Module):
             raise ValueError(f"latent {H} x {W} is no multiple of the patch size {self.patch}")
         if lora:
             raise ValueError(f"adapter {lora[0]}: CogVideoX is trained without adapters")
-        # t = i/1000 is the DDPM index i - 1; t = 0, which no DDPM trains on, gets the smallest.
+        # t = i/1000 is the DDPM index i - 1. No DDPM trains on t = 0: it gets the smallest index.
         index = ((1000 * t.float()).round() - 1).clamp_min(0)
         c = silu(self.time_embedding(timestep_embedding(index, self.width).to(dtype)))  # B E
         text = self.patch_embed.text_proj(context.to(dtype))  # B S D
@@ -275,11 +273,9 @@ class CogVideoX(nn.Module):
         return rearrange(x, "B (T h w) (C p q) -> B T C (h p) (w q)", h=h, w=w, p=self.patch, q=self.patch)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Arguments of CogVideoX, but rotary, grid and interpolation, from the shapes of a checkpoint's tensors
-    (published names)."""
+    """Arguments of CogVideoX from the shapes of a checkpoint's tensors (published names). They do not tell
+    rotary, grid and interpolation."""
     width, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
     head_dim, = shapes["transformer_blocks.0.attn1.norm_q.weight"]
     blocks = {name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}
@@ -288,70 +284,3 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
         text_dim=shapes["patch_embed.text_proj.weight"][1],
         time_dim=shapes["time_embedding.linear_1.weight"][0],
     )
-
-
-SAT_PREFIX = "model.diffusion_model."
-# Name in SAT ("#": a block's number; weight and bias alike), published name, and for fused rows how many
-# equal chunks they are and which of these it has. `query_key_value`: all queries, all keys, all values.
-# The modulations: shift, scale, gate of video for attention and for the MLP, then the same of text.
-SAT_RULES = [
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
-    ("mixins.patch_embed.proj", "patch_embed.proj"),
-    ("mixins.patch_embed.text_proj", "patch_embed.text_proj"),
-    ("transformer.layers.#.input_layernorm", "transformer_blocks.#.norm1.norm"),
-    ("transformer.layers.#.post_attention_layernorm", "transformer_blocks.#.norm2.norm"),
-    ("transformer.layers.#.attention.dense", "transformer_blocks.#.attn1.to_out.0"),
-    ("transformer.layers.#.mlp.dense_h_to_4h", "transformer_blocks.#.ff.net.0.proj"),
-    ("transformer.layers.#.mlp.dense_4h_to_h", "transformer_blocks.#.ff.net.2"),
-    ("mixins.adaln_layer.query_layernorm_list.#", "transformer_blocks.#.attn1.norm_q"),
-    ("mixins.adaln_layer.key_layernorm_list.#", "transformer_blocks.#.attn1.norm_k"),
-    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_q", 3, (0, 1)),
-    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_k", 3, (1, 2)),
-    ("transformer.layers.#.attention.query_key_value", "transformer_blocks.#.attn1.to_v", 3, (2, 3)),
-    ("mixins.adaln_layer.adaLN_modulations.#.1", "transformer_blocks.#.norm1.linear", 12, (0, 3), (6, 9)),
-    ("mixins.adaln_layer.adaLN_modulations.#.1", "transformer_blocks.#.norm2.linear", 12, (3, 6), (9, 12)),
-    ("transformer.final_layernorm", "norm_final"),
-    ("mixins.final_layer.norm_final", "norm_out.norm"),
-    ("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
-    ("mixins.final_layer.linear", "proj_out"),
-]
-# Fixed tables, and modules that no forward uses: some files carry them, in either layout.
-UNUSED = ("mixins.pos_embed.pos_embedding", "mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos",
-          "transformer.position_embeddings.weight", "transformer.word_embeddings.weight",
-          "patch_embed.pos_embedding")
-
-
-def from_sat(tensors: Tensors) -> Tensors:
-    """The denoiser's tensors under the published names, from either layout; rows of a tensor are read alone.
-    UNUSED is left out. Whatever else has no published name keeps its own, for strict loading to refuse."""
-    if any(name.startswith(SAT_PREFIX) for name in tensors):
-        tensors = tensors.group(SAT_PREFIX)
-    shapes, places = {}, {}  # of published names; a place is a SAT name and the ranges of its rows
-    for name, shape in tensors.shapes.items():
-        module, _, kind = name.rpartition(".")
-        patterns = module, re.sub(r"\.\d+", ".#", module, count=1)
-        number = "".join(re.findall(r"\.(\d+)", module)[:1])
-        rules = [rule for rule in SAT_RULES if rule[0] in patterns]
-        for _, published, *fused in rules:
-            count, *ranges = fused or (1, (0, 1))
-            chunk = shape[0] // count
-            target = f"{published.replace('#', number)}.{kind}"
-            places[target] = name, [(a * chunk, b * chunk) for a, b in ranges]
-            shapes[target] = (sum(b - a for a, b in ranges) * chunk, *shape[1:])
-        if not rules and name not in UNUSED:
-            shapes[name] = shape
-
-    def read(name: str, rows: slice | None) -> Tensor:
-        if name not in places:
-            return tensors.read(name, rows)
-        source, ranges = places[name]
-        first, last, _ = (rows or slice(None)).indices(shapes[name][0])
-        parts = []
-        for start, stop in ranges:  # [first, last) counts on from one range to the next
-            low, high = (min(start + max(row, 0), stop) for row in (first, last))
-            parts.append(tensors.rows(source, low, high))
-            first, last = first - (stop - start), last - (stop - start)
-        return torch.cat(parts)
-
-    return Tensors(tensors.path, shapes, read, tensors.metadata)

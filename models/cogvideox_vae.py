@@ -1,14 +1,15 @@
 """The 3D causal autoencoder of CogVideoX-2b and -5b (Yang et al. 2024, "CogVideoX").
 
-Attribute names are the tensor names of the published `vae/` folder; `from_sat` renames the original
-`3d-vae.pt`. A latent leaves and enters in the denoiser's units, z * scale: 1.15258426 in 2b, 0.7 in 5b.
-A clip is worked on whole or in parts along time. Causal convolutions carry two frames from part to part and
-lose nothing; group norms take their statistics over one part, so that the parts show in the result.
-Letters: B batch, C channels, Z latent channels, F frames, T latent frames, H W frame size, h w latent size;
+Attribute names are the tensor names of the published `vae/` folder. A latent leaves and enters in the
+denoiser's units, z * scale: 1.15258426 in 2b, 0.7 in 5b. The file stands alone: torch and einops.
+
+A clip is computed whole or in parts along time. Convolutions over time are causal and keep their last two
+frames for the next part: cutting a clip changes nothing for them. Group norms take their statistics over one
+part, so a result depends on the cuts; encode and decode make the published ones unless told otherwise.
+
+Shapes: B batch, C channels, Z latent channels, F frames, T latent frames, H W frame size, h w latent size;
 inside the networks T H W are those of the layer.
 """
-import re
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,37 +20,34 @@ from torch import Tensor, nn
 from torch.nn.functional import conv3d, interpolate, pad, silu
 from torch.utils.checkpoint import checkpoint as recompute
 
-from models.checkpoint import InputError, Tensors
-
 
 class Part(NamedTuple):
-    """Where the frames of one call stand in their clip. Explicit, because a part's length does not tell."""
-    first: bool                              # frame 0 is not one of a pair (or of four): time begins with it
-    more: bool = False                       # a later call asks for the last frames of this one
-    group: dist.ProcessGroup | None = None   # ranks that work on neighbouring parts at the same time:
-    left: int | None = None                  # the one with the frames before these,
-    right: int | None = None                 # the one with the frames after
-    whole: bool = False                      # norms take their statistics over all parts of the group
+    """Where the frames of one call stand in their clip, which their number does not tell."""
+    lone: bool                              # the first of them is one latent frame; the others are in fours
+    more: bool = False                      # keep the last frames for a later call, which goes on after them
+    group: dist.ProcessGroup | None = None  # ranks that compute neighbouring parts at the same time
+    left: int | None = None                 # the rank that has the frames before these
+    right: int | None = None                # the rank that has the frames after these
 
 
 def split(length: int, chunk: int | None) -> list[int]:
-    """Lengths of the published chunks: the remainder joins the first."""
+    """Lengths of the chunks, as published: the remainder joins the first."""
     if chunk is None or length < chunk:
         return [length]
     return [chunk + length % chunk] + [chunk] * (length // chunk - 1)
 
 
-# ---- layers: (x, frames kept by the part before, part, latent) -> (x, frames kept for the part after) ------
+# ---- layers: (x, frames kept of the part before, part, latent) -> (x, frames kept for the next part) -------
 
 def convolve(conv: nn.Module, x: Tensor, kept: tuple, part: Part) -> tuple[Tensor, tuple]:
-    """A convolution over three frames, the present one last: (output, last two frames of the padded input).
+    """A convolution of each frame and the two before it: (output, the last two frames for the next part).
 
-    `kept`: the two frames before x (B C T H W); none, where the clip begins, repeats its first frame."""
+    `kept`: the two frames before x (B C T H W), or nothing where the clip begins: its first frame twice."""
     tail = kept[0] if kept else x[:, :, :1].repeat(1, 1, 2, 1, 1)
     if part.left is not None:
         dist.recv(tail, group=part.group, group_src=part.left)
     x = torch.cat([tail, x], dim=2)
-    if part.more or part.right is not None:  # a copy: a view would keep all of x
+    if part.more or part.right is not None:  # a copy: a view would keep all of x in memory
         tail = x[:, :, -2:].clone(memory_format=torch.contiguous_format)
     if part.right is not None:
         dist.send(tail, group=part.group, group_dst=part.right)
@@ -57,7 +55,7 @@ def convolve(conv: nn.Module, x: Tensor, kept: tuple, part: Part) -> tuple[Tenso
 
 
 class CausalConv3d(nn.Module):
-    """No padding in time: see `convolve`."""
+    """Pads in space alone; `convolve` does it in time."""
 
     def __init__(self, c_in: int, c_out: int, width: int):
         super().__init__()
@@ -67,27 +65,8 @@ class CausalConv3d(nn.Module):
         return self.conv(x)
 
 
-def mean_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Mean over the last dimension of x (B N L) and over all ranks, whose L may differ or be 0: (B N 1)."""
-    total = x.sum(-1, keepdim=True, dtype=torch.float32)
-    total = torch.stack([total, torch.full_like(total, x.shape[-1])])
-    dist.all_reduce(total, group=group)
-    return total[0] / total[1]
-
-
-def group_norm(norm: nn.GroupNorm, x: Tensor, part: Part) -> Tensor:
-    if not part.whole:
-        return norm(x)
-    n = rearrange(x, "B (N c) T H W -> B N (c T H W)", N=norm.num_groups)
-    mean = mean_over(n, part.group)
-    # In two passes: the mean of squares minus the square of the mean would lose digits.
-    std = (mean_over((n - mean).square(), part.group) + norm.eps).sqrt()
-    weight, bias = (rearrange(p, "C -> C 1 1 1") for p in (norm.weight, norm.bias))
-    return (((n - mean) / std).view(x.shape) * weight + bias).to(x.dtype)
-
-
 class SpatialNorm(nn.Module):
-    """GroupNorm whose scale and shift are read from the latent at each place."""
+    """GroupNorm whose scale and shift at each place are 1x1 convolutions of the latent there."""
 
     def __init__(self, width: int, groups: int, z_channels: int):
         super().__init__()
@@ -97,17 +76,16 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, part: Part) -> Tensor:
         frames, latents = x.shape[2], z.shape[2]
-        each = (frames - 1) // (latents - 1) if part.first and latents > 1 else frames // latents
-        # The latent enlarged by "nearest", but after the 1x1 convolutions, and in space by a broadcast only.
+        each = (frames - 1) // (latents - 1) if part.lone and latents > 1 else frames // latents
+        # The same as enlarging the latent first. Of a lone first frame's copies all but one are cut off.
         y, b = (rearrange(conv(z).repeat_interleave(each, dim=2)[:, :, -frames:],
                           "B C T h w -> B C T h 1 w 1") for conv in (self.conv_y, self.conv_b))
-        n = rearrange(group_norm(self.norm_layer, x, part), "B C T (h i) (w j) -> B C T h i w j",
-                      h=z.shape[3], w=z.shape[4])
+        n = rearrange(self.norm_layer(x), "B C T (h i) (w j) -> B C T h i w j", h=z.shape[3], w=z.shape[4])
         return rearrange(torch.addcmul(b, n, y), "B C T h i w j -> B C T (h i) (w j)")
 
 
 class ResBlock(nn.Module):
-    """With `z_channels` one of the decoder, whose norms see the latent."""
+    """`z_channels`: in the decoder, whose norms see the latent; None in the encoder."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, z_channels: int | None):
         super().__init__()
@@ -131,7 +109,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Frames averaged in pairs (`time`), then halved in size."""
+    """Averages pairs of frames (if `time`), then halves their size."""
 
     def __init__(self, width: int, time: bool):
         super().__init__()
@@ -140,16 +118,16 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, kept: tuple, part: Part) -> tuple[Tensor, tuple]:
         if self.time:
-            alone = int(part.first)
-            pairs = reduce(x[:, :, alone:], "B C (T two) H W -> B C T H W", "mean", two=2)
-            x = torch.cat([x[:, :, :alone], pairs], dim=2)
+            lone = int(part.lone)
+            pairs = reduce(x[:, :, lone:], "B C (T two) H W -> B C T H W", "mean", two=2)
+            x = torch.cat([x[:, :, :lone], pairs], dim=2)
         x = pad(x, (0, 1, 0, 1))  # right and bottom only, as the weights were trained
-        # As a 3D convolution over single frames: no transposed copy.
+        # As a 3D convolution of single frames: a 2D one would need a transposed copy.
         return conv3d(x, self.conv.weight[:, :, None], self.conv.bias, stride=(1, 2, 2)), ()
 
 
 class Upsample(nn.Module):
-    """Doubled in size, then each frame twice (`time`)."""
+    """Doubles the size, then repeats each frame (if `time`) but a lone first one."""
 
     def __init__(self, width: int, time: bool):
         super().__init__()
@@ -159,12 +137,12 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, kept: tuple, part: Part, z: Tensor) -> tuple[Tensor, tuple]:
         x = interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
         x = conv3d(x, self.conv.weight[:, :, None], self.conv.bias, padding=(0, 1, 1))
-        # Twice after the convolution, which works on single frames: the published order does it all twice.
-        return (x.repeat_interleave(2, dim=2)[:, :, int(part.first):] if self.time else x), ()
+        # Published the other way round, with the same result: this convolves each frame only once.
+        return (x.repeat_interleave(2, dim=2)[:, :, int(part.lone):] if self.time else x), ()
 
 
 class Blocks(nn.Module):
-    """Residual blocks of one resolution or of the middle; the owner adds `downsamplers` or `upsamplers`."""
+    """Residual blocks of one resolution or of the middle. Encoder or decoder may add a resampling."""
 
     def __init__(self, c_in: int, c_out: int, count: int, groups: int, z_channels: int | None = None):
         super().__init__()
@@ -173,10 +151,11 @@ class Blocks(nn.Module):
 
 
 def layers(*blocks: Blocks) -> list[nn.Module]:
+    """Their residual blocks and resamplings in the order in which they run."""
     return [layer for block in blocks for stack in block.children() for layer in stack]
 
 
-# ---- encoder and decoder; `tails`: what each layer kept of the part before, brought up to date -------------
+# ---- encoder and decoder; `tails`: layer -> the frames it keeps from one part to the next ------------------
 
 class Encoder(nn.Module):
     def __init__(self, ch: tuple[int, ...], num_res_blocks: int, c_out: int, groups: int, time_levels: int):
@@ -226,54 +205,27 @@ class Decoder(nn.Module):
         return h
 
 
-# ---- tiles -------------------------------------------------------------------------------------------------
-
-def join(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
-    """Neighbours along `dim`, each faded linearly into the next over their common `overlap`."""
-    joined = tiles[0]
-    for tile in tiles[1:]:
-        shape = [-1 if i == dim else 1 for i in range(tile.ndim)]
-        weight = (torch.arange(overlap, device=tile.device, dtype=tile.dtype) / overlap).view(shape)
-        before, under = joined.tensor_split([joined.shape[dim] - overlap], dim)
-        over, after = tile.tensor_split([overlap], dim)
-        joined = torch.cat([before, under + (over - under) * weight, after], dim)
-    return joined
-
-
-def tiled(decode: Callable[[Tensor], Tensor], z: Tensor, size: tuple[int, int], factor: int) -> Tensor:
-    """Decode tiles of `size` latents that overlap by a sixth of their height and a fifth of their width."""
-    high, wide = size
-    up, left = high - high * 5 // 6, wide - wide * 4 // 5
-    rows = []
-    for top in range(0, max(z.shape[3] - up, 1), high - up):
-        row = [decode(z[:, :, :, top:top + high, start:start + wide])
-               for start in range(0, max(z.shape[4] - left, 1), wide - left)]
-        rows.append(join(row, left * factor, 4))
-    return join(rows, up * factor, 3)
-
-
 # ---- the autoencoder ---------------------------------------------------------------------------------------
 
 class CogVideoXVAE(nn.Module):
     """Video (B F 3 H W) in [-1, 1] <-> latent (B T Z h w), F = time_factor * (T - 1) + 1.
 
-    Build it with `CogVideoXVAE(**config_from_shapes(shapes), scale=1.15258426)`. What shapes do not tell:
-    `groups` of the norms and `time_levels`, how many of the halvings in size halve the frames too.
+    Build it with `CogVideoXVAE(**config_from_shapes(shapes), scale=1.15258426)`. `groups` is 32 in the
+    published files. `time_levels`: how many of the halvings in size halve the frames too.
     """
 
     def __init__(self, ch: tuple[int, ...], num_res_blocks: int, z_channels: int, scale: float,
                  groups: int = 32, time_levels: int = 2):
         super().__init__()
-        self.scale, self.z_channels = scale, z_channels
-        self.factor, self.time_factor = 2 ** (len(ch) - 1), 2 ** time_levels
+        self.scale, self.factor, self.time_factor = scale, 2 ** (len(ch) - 1), 2 ** time_levels
         self.encoder = Encoder(ch, num_res_blocks, 2 * z_channels, groups, time_levels)
         self.decoder = Decoder(ch, num_res_blocks, z_channels, groups, time_levels)
 
-    def moments(self, video: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, chunk: int | None = 8) -> tuple[Tensor, Tensor]:  # [choice]
         """Mean and log-variance (clamped to [-30, 20]) of z, before scale: each (B T Z h w).
 
-        `chunk` frames at a time, the first chunk taking the remainder; None, as the weights were trained: the
-        whole clip. Raises ValueError for a number of frames or a size that has no latent."""
+        `chunk` frames at a time (published: 8), the first chunk taking the remainder; None: the whole clip,
+        as in the original's training. Raises ValueError for frames or a size that have no latent."""
         frames, height, width = video.shape[1], *video.shape[3:]
         if (frames - 1) % self.time_factor:
             raise ValueError(f"{frames} frames; expected {self.time_factor}k+1, such as "
@@ -283,61 +235,43 @@ class CogVideoXVAE(nn.Module):
         if chunk is not None and (chunk < 1 or chunk % self.time_factor):
             raise ValueError(f"chunk {chunk} is not a multiple of {self.time_factor} frames")
         x = rearrange(video, "B F C H W -> B C F H W").to(self.encoder.conv_in.conv.weight.dtype)
-        tails, done, parts = {}, [], x.split(split(frames, chunk), dim=2)
-        for i, x in enumerate(parts):
-            done.append(self.encoder(x, Part(first=i == 0, more=i < len(parts) - 1), tails))
+        tails, parts = {}, x.split(split(frames, chunk), dim=2)
+        done = [self.encoder(part, Part(lone=i == 0, more=i < len(parts) - 1), tails)
+                for i, part in enumerate(parts)]
         mean, logvar = rearrange(torch.cat(done, dim=2), "B C T h w -> B T C h w").chunk(2, dim=2)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, video: Tensor, eps: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        """Latent (B T Z h w) in the denoiser's units: from the mean, or from the sample mean + std * eps."""
+    def encode(self, video: Tensor, eps: Tensor | None = None, chunk: int | None = 8) -> Tensor:
+        """Latent (B T Z h w) in the denoiser's units: the mean, or the sample mean + std * eps."""
         mean, logvar = self.moments(video, chunk)
         z = mean if eps is None else mean + torch.exp(0.5 * logvar) * eps
         return z * self.scale
 
-    def decode(self, latent: Tensor, chunk: int | None = 2, checkpoint: bool = False,
-               tiles: tuple[int, int] | None = None, group: dist.ProcessGroup | None = None,
-               first: bool | None = None) -> Tensor:
-        """Video (B F 3 H W) in about [-1, 1], not clamped, in the weights' dtype.
+    def decode(self, latent: Tensor, chunk: int | None = 2, checkpoint: bool = False,  # [choice]
+               group: dist.ProcessGroup | None = None) -> Tensor:
+        """Video (B F 3 H W) in about [-1, 1], not clamped, in the weights' dtype. As published, an even T
+        has no lone first frame: F = time_factor * T.
 
-        `chunk` latents at a time (published: 2), the first chunk taking the remainder; None: the whole clip.
-        `first`: the first latent stands for one frame and not for `time_factor`. By default it does when
-        their number is odd, which is the published rule: 2 latents are 8 frames, and 5 with first=True.
-        `checkpoint` recomputes activations in backward. `tiles` (height, width in latents; published: half of
-        the picture, 30 x 45) bounds memory further; the norms of a tile see only that tile.
-        `group`: every rank of it calls with the same latent and gets the whole video; no gradient, ValueError
-        under grad mode. At any time each rank has one chunk, or its share of the whole clip, and its
-        neighbours the next ones: all work at once. A clip of fewer parts leaves the last ranks idle.
+        `chunk` latent frames at a time (published: 2), the first chunk taking the remainder; None: the whole
+        clip. `checkpoint` recomputes activations in backward. `group`: ranks that call with the same latent
+        and share the work. Each decodes a chunk while its neighbours decode theirs, and all get the whole
+        video, without gradient: ValueError under grad mode.
         """
         if group is not None and torch.is_grad_enabled():
             raise ValueError("decoding over several ranks has no gradient: call it under torch.no_grad()")
         z = (latent / self.scale).to(self.decoder.conv_in.conv.weight.dtype)
         z = rearrange(z, "B T C h w -> B C T h w")
-        first = z.shape[2] % 2 == 1 if first is None else first
-        run = partial(self.decode_parts, first=first, chunk=chunk, checkpoint=checkpoint, group=group)
-        video = run(z) if tiles is None else tiled(run, z, tiles, self.factor)
-        return rearrange(video, "B C F H W -> B F C H W")
-
-    def decode_parts(self, z: Tensor, first: bool, chunk: int | None, checkpoint: bool,
-                     group: dist.ProcessGroup | None) -> Tensor:
-        """Latent z (B Z T h w) to video (B 3 F H W), in rounds of as many parts as there are ranks."""
+        lone = z.shape[2] % 2 == 1
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        whole = chunk is None and ranks > 1
-        latents = z.shape[2]
-        parts = z.tensor_split(min(ranks, latents), 2) if whole else z.split(split(latents, chunk), 2)
-        tails, done = {}, {}
-        for start in range(0, len(parts), ranks):
+        parts, tails, done = z.split(split(z.shape[2], chunk), dim=2), {}, {}
+        for start in range(0, len(parts), ranks):  # rounds of one part per rank
             i, end = start + rank, min(start + ranks, len(parts))
-            more = end < len(parts) and rank in (0, ranks - 1)  # the next round begins where this one ends
+            more = end < len(parts) and rank in (0, ranks - 1)  # a next round begins where the last rank ends
             if i < end:
-                part = Part(first and i == 0, more, group, left=rank - 1 if rank else None,
-                            right=rank + 1 if i + 1 < end else None, whole=whole)
+                part = Part(lone and i == 0, more, group, left=rank - 1 if rank else None,
+                            right=rank + 1 if i + 1 < end else None)
                 done[i] = self.decoder(parts[i], part, tails, checkpoint)
-            elif whole:  # the statistics are collectives: this rank adds nothing to any of them
-                for norm in (m for m in self.decoder.modules() if isinstance(m, nn.GroupNorm)):
-                    for _ in range(2):
-                        mean_over(z.new_empty(z.shape[0], norm.num_groups, 0), group)
-            if more and ranks > 1:
+            if more and ranks > 1:  # rank 0, which begins it, overwrites the frames that it kept itself
                 for tail in (tail for kept in tails.values() for tail in kept):
                     if rank:
                         dist.send(tail, group=group, group_dst=0)
@@ -345,53 +279,22 @@ class CogVideoXVAE(nn.Module):
                         dist.recv(tail, group=group, group_src=ranks - 1)
         for i in range(len(parts) if ranks > 1 else 0):
             if i not in done:
-                frames = self.time_factor * parts[i].shape[2] - (self.time_factor - 1) * (first and i == 0)
-                done[i] = z.new_empty(z.shape[0], 3, frames, *(self.factor * s for s in z.shape[3:]))
+                frames = self.time_factor * parts[i].shape[2] - (self.time_factor - 1) * (lone and i == 0)
+                done[i] = z.new_empty(len(z), 3, frames, *(self.factor * s for s in z.shape[3:]))
             done[i] = done[i].contiguous()
             dist.broadcast(done[i], group=group, group_src=i % ranks)
-        return torch.cat([done[i] for i in range(len(parts))], dim=2)
+        return rearrange(torch.cat([done[i] for i in range(len(parts))], dim=2), "B C F H W -> B F C H W")
 
-
-# ---- checkpoints -------------------------------------------------------------------------------------------
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Constructor arguments but scale, groups and time_levels from the shapes of a checkpoint.
-
-    Raises InputError where the names are not the published ones (`from_sat` gives the original's these)."""
+    """Arguments of CogVideoXVAE from the shapes of a checkpoint's tensors. They do not tell scale, groups and
+    time_levels. Raises ValueError where the names are not the published ones."""
     first = "encoder.down_blocks.{}.resnets.{}.conv1.conv.weight"
     if first.format(0, 0) not in shapes or "decoder.conv_in.conv.weight" not in shapes:
-        raise InputError(f"no CogVideoX VAE: expected {first.format(0, 0)}, ..., "
+        raise ValueError(f"no CogVideoX VAE: expected {first.format(0, 0)}, ..., "
                          f"found {', '.join(sorted(shapes)[:3]) or 'nothing'}")
-    levels = sum(first.format(i, 0) in shapes for i in range(100))
     return dict(
-        ch=tuple(shapes[first.format(i, 0)][0] for i in range(levels)),
+        ch=tuple(shapes[first.format(i, 0)][0] for i in range(100) if first.format(i, 0) in shapes),
         num_res_blocks=sum(first.format(0, j) in shapes for j in range(100)),
         z_channels=shapes["decoder.conv_in.conv.weight"][1],
     )
-
-
-SAT_NAMES = (
-    (r"^encoder\.down\.", "encoder.down_blocks."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.block\.", ".resnets."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-)
-
-
-def from_sat(tensors: Tensors) -> Tensors:
-    """The original `vae/3d-vae.pt` (SwissArmyTransformer) under the published names, without the `loss.` of
-    its training. A published file passes unchanged."""
-    last = max((int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up.")), default=0)
-
-    def published(name: str) -> str:
-        # The original counts the decoder's levels from the video, the published names from the latent.
-        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
-        for pattern, replacement in SAT_NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    source = {published(name): name for name in tensors if not name.startswith("loss.")}
-    return Tensors(tensors.path, {name: tensors.shapes[old] for name, old in source.items()},
-                   lambda name, rows: tensors.read(source[name], rows), tensors.metadata, tensors.prefix)

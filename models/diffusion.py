@@ -1,10 +1,11 @@
 """Diffusion core: Eqs. (1)-(3), (5), (6), prediction types, classifier-free guidance, PF-ODE, time schedules.
 
 Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to
-(alpha, sigma): "flow" (SD3: alpha = 1 - t, sigma = t), or scaled-linear DDPM betas on the grid i/1000, "sdxl"
-as they are, "cogvideox-2b" and "cogvideox-5b" brought to alpha = 0 at t = 1. What a network predicts is a
-string too: "velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0). The file stands
-alone: torch.
+(alpha, sigma). "flow" is SD3's, alpha = 1 - t and sigma = t. The others are DDPM's betas on the grid
+t = i/1000: linear for "animatediff", else scaled-linear. "sdxl" (SD1.5 too) has them unchanged,
+"cogvideox-2b" and "cogvideox-5b" rescaled to alpha = 0 at t = 1. What a network predicts is a string too:
+"velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0).
+The file stands alone: torch.
 
 Symbols: x_0 clean latent, eps noise, x_t noisy latent (B C H W or B T C H W), t and s = t - dt times (B,),
 c condition.
@@ -19,16 +20,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network in one role. Schedule and prediction type belong to the role, not to the model: after ADP the
-    generator of an epsilon model predicts velocity on the straight path. `lora` names the role's adapter, ()
-    for the weights as they are."""
+    """A network as teacher, fake model or generator. Schedule and prediction type belong to this role and not
+    to the model: after ADP the generator of an epsilon model predicts velocity on the straight path. `lora`
+    names the role's adapter, () for the weights as they are."""
     net: Callable
     predicts: str = "velocity"
     schedule: str = "flow"
     lora: tuple[str, ...] = ()
 
     def __call__(self, x_t: Tensor, t: Tensor, c: tuple) -> Tensor:
-        """Raw prediction at x_t, float32 whatever the network computes in."""
+        """The network's prediction at x_t, in the dtype of x_t (float32) whatever the network computes in."""
         return self.net(x_t, t, c, lora=self.lora).to(x_t.dtype)
 
 
@@ -39,11 +40,14 @@ SNR_SHIFT = {"cogvideox-2b": 3.0, "cogvideox-5b": 1.0}
 
 @cache
 def alphas_cumprod(schedule: str) -> Tensor:
-    """Of DDPM's 1000 steps, float64. CogVideoX divides the signal-to-noise ratio by 3 (2b) or 1 (5b), then
-    shifts and stretches its root so that the last value is 0 and the first stays: zero terminal SNR."""
-    if schedule not in ("sdxl", *SNR_SHIFT):
-        raise ValueError(f"unknown schedule {schedule!r}: expected flow, sdxl, {', '.join(SNR_SHIFT)}")
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    """The product of 1 - beta up to each of DDPM's 1000 steps, (1000,) float64. CogVideoX divides the
+    signal-to-noise ratio by 3 (2b) or 1 (5b). Then it shifts and stretches the square root so that the last
+    value is 0 and the first stays (zero terminal SNR)."""
+    if schedule not in ("sdxl", "animatediff", *SNR_SHIFT):
+        raise ValueError(f"unknown schedule {schedule!r}: expected flow, sdxl, animatediff, "
+                         f"{', '.join(SNR_SHIFT)}")
+    power = 1 if schedule == "animatediff" else 2  # scaled-linear: the betas' square roots are evenly spaced
+    betas = torch.linspace(0.00085 ** (1 / power), 0.012 ** (1 / power), 1000, dtype=torch.float64) ** power
     abar = (1 - betas).cumprod(0)
     if schedule in SNR_SHIFT:
         root = (abar / (SNR_SHIFT[schedule] + (1 - SNR_SHIFT[schedule]) * abar)).sqrt()
@@ -69,15 +73,16 @@ def alpha_sigma(schedule: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def delta_t(schedule: str) -> float:
-    """dt = T/64 (Sec. 4.1); 16/1000 on the DDPM grid: networks see only times they trained on.  # [choice]"""
-    return 1 / 64 if schedule == "flow" else 16 / 1000
+    """dt = T/64 (Sec. 4.1). On the DDPM grid 16/1000: networks see only times they were trained on."""
+    return 1 / 64 if schedule == "flow" else 16 / 1000  # [choice]
 
 
-def random_time(schedule: str, u: Tensor, low: float = 0.0) -> Tensor:
-    """Uniform times in (low, 1] from u ~ U[0, 1); DDPM schedules stay on the grid i/1000."""
+def random_time(schedule: str, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform times in (low, high] from u ~ U[0, 1); DDPM schedules stay on the grid i/1000."""
     if schedule == "flow":
-        return 1 - (1 - low) * u
-    return (1000 - (u * (1000 - round(1000 * low))).floor()) / 1000
+        return high - (high - low) * u
+    first, last = round(1000 * low), round(1000 * high)
+    return (last - (u * (last - first)).floor()) / 1000
 
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
@@ -86,21 +91,25 @@ def shift_time(u: Tensor, shift: float) -> Tensor:
 
 
 def generator_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
-    """The generator's schedule {t_0 = 0, ..., t_N = 1}: N + 1 values, tn[n] being t_n.  # [choice]
+    """The generator's schedule {t_0 = 0, ..., t_N = 1}: N + 1 values, tn[n] being t_n.
 
-    Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5 (ComfyUI's
-    sgm_uniform). The teachers' own spacing would start its last step at 0.009 and waste it. DDPM schedules
+    Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5. The spacing of
+    `teacher_times` would start the last step at 0.009, where almost nothing is left to do. DDPM schedules
     stay on the grid i/1000."""
-    tn = shift_time(torch.linspace(0, 1, steps + 1), shift)
+    tn = shift_time(torch.linspace(0, 1, steps + 1), shift)  # [choice]
     return tn if schedule == "flow" else (1000 * tn).round() / 1000
 
 
 def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
-    """The original samplers' times, ascending: 0 and N values.
+    """The times of the original samplers, ascending: 0 and N values.
 
-    "flow" is SD3's: the end points are shifted once before the linear spacing and once after it, as the
-    published sampler does. "sdxl" is sgm's: indices 999, ..., evenly spaced and rounded down, none at 0.
-    CogVideoX's are trailing: 999 and down by 1000 / steps, rounded."""
+    "flow" as SD3's: the end points are shifted before the linear spacing and the result again. "sdxl" as in
+    sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0. CogVideoX: DDPM
+    indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
+    1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
+    if schedule == "animatediff":
+        index = torch.arange(steps) * (1000 // steps) + 1
+        return torch.cat([torch.zeros(1), (index + 1) / 1000])
     if schedule in SNR_SHIFT:
         index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()
         return (index / 1000).float()
@@ -138,14 +147,14 @@ def to_x_0_eps(predicts: str, schedule: str, prediction: Tensor, x_t: Tensor,
         return (x_t - sigma * prediction) / alpha, prediction
     if predicts == "velocity":
         return x_t - sigma * prediction, x_t + alpha * prediction
-    # Never divides by alpha, which is 0 at zero SNR.
+    # No division by alpha, which CogVideoX has at 0 where t = 1.
     return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
 
 
 # ---- the PF-ODE --------------------------------------------------------------------------------------------
 
 def guided(F: Denoiser, x_t: Tensor, t: Tensor, c: tuple, c_null: tuple, w: Tensor) -> Tensor:
-    """Classifier-free guidance, uncond + w * (cond - uncond), of the raw prediction's every channel; w (B,),
+    """Classifier-free guidance of the prediction, uncond + w * (cond - uncond), in all its channels; w (B,),
     c_null of batch 1."""
     both = tuple(torch.cat([a, b.expand_as(a)]) for a, b in zip(c, c_null))
     cond, uncond = F(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
@@ -166,16 +175,21 @@ def ode_step(F: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, c: tuple, c_null: t
 
 
 def solve(F: Denoiser, x: Tensor, tn: Tensor, c: tuple, c_null: tuple | None = None,
-          w: Tensor | None = None) -> Tensor:
-    """PF-ODE from the last of the ascending times tn down to the first; deterministic, no re-noising."""
-    for t, s in zip(tn.flip(0)[:-1], tn.flip(0)[1:]):
-        x, _ = ode_step(F, x, t, s, c, c_null, w)
+          w: Tensor | None = None, renoise: Callable[[int], Tensor] | None = None) -> Tensor:
+    """From the last of the ascending times tn down to the first: along the PF-ODE, deterministic, or, with
+    `renoise`, x_0 of the n-th step (n = 1, 2, ...) is diffused with the noise renoise(n) to the next time."""
+    for n, (t, s) in enumerate(zip(tn.flip(0)[:-1], tn.flip(0)[1:]), 1):
+        x, x_0 = ode_step(F, x, t, s, c, c_null, w)
+        if renoise and s > 0:
+            x = q(F.schedule, x_0, s.expand(x.shape[0]), renoise(n))
     return x
 
 
 def dmd_loss(x_hat_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
-    """Eqs. (5), (6): half the squared distance to a stopped target whose gradient is Eq. (5). The L1 norm is
-    a mean over each sample alone, as in DMD2's code: its scale depends on no neighbour."""  # [choice]
+    """Eq. (6) as half the mean squared distance to a target without gradient: its gradient is Eq. (5) over
+    the number of elements.
+
+    The L1 norm in Eq. (5) is a mean over each sample, as in DMD2's code."""  # [choice]
     with torch.no_grad():
         dims = tuple(range(1, x_hat_0.ndim))
         norm = (x_hat_0 - x_0_real).abs().mean(dims, keepdim=True).clamp_min(1e-8)

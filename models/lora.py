@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): adapters on linear layers, and the LoRA files people already have for SD3 / SD3.5.
+"""LoRA (Hu et al. 2021): adapters on linear layers, and the LoRA files people already have.
 
 A weight W (out, in) becomes W + alpha / rank * up @ down, with down (rank, in) and up (out, rank). Several
 adapters share one set of base weights; which of them acts is an argument of forward.
@@ -15,14 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from models.checkpoint import InputError, Tensors, save_safetensors
-
-# The linears that the network calls with its `lora` argument: attention (attn2 too) and MLP of both streams.
-# The paper says LoRA, not where nor of which start: attention, up = 0.  # [choice]
-ADAPTABLE = ("qkv", "proj", "fc1", "fc2")
+from models.diffusers_names import Names
+from models.parallel import local_rows
 
 
 class LoRALinear(nn.Linear):
@@ -44,19 +42,20 @@ class LoRALinear(nn.Linear):
         return y + self.alpha[adapter] / len(down) * linear(linear(x, down), up)
 
 
-def add_lora(net: nn.Module, name: str, rank: int, alpha: float | None = None,
-             targets: tuple[str, ...] = ("qkv", "proj"), seed: int = 0) -> None:
-    """Put a new adapter on every linear layer whose last name part is in `targets`; alpha None is the rank.
+def add_lora(net: nn.Module, names: Names, name: str, rank: int, alpha: float | None = None,
+             targets: tuple[str, ...] | None = None, seed: int = 0) -> None:
+    """Put a new adapter on every linear layer whose last name part is in `targets` (by default those of the
+    network's `names`); alpha None is the rank. On `meta` the values come from a later `init_lora`.
 
-    On `meta` the values come from a later `init_lora`. Raises InputError for a target that is not ADAPTABLE,
-    ValueError for an adapter name already in use.
+    Raises InputError for a target that is not adaptable, ValueError for an adapter name already in use.
     """
-    if rank < 1 or not targets or set(targets) - set(ADAPTABLE):
+    targets = names.targets if targets is None else targets
+    if rank < 1 or not targets or set(targets) - set(names.adaptable):
         raise InputError(f"LoRA of rank {rank} on {', '.join(targets) or 'nothing'}: "
-                         f"expected a rank of at least 1 and targets among {', '.join(ADAPTABLE)}")
+                         f"expected a rank of at least 1 and targets among {', '.join(names.adaptable)}")
     for path, layer in list(net.named_modules()):
         kind = path.split(".")[-1]
-        if kind not in ADAPTABLE or not isinstance(layer, nn.Linear):
+        if kind not in names.adaptable or not isinstance(layer, nn.Linear):
             continue  # the patch embedding's proj is a convolution
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
@@ -79,27 +78,12 @@ def lora_layers(net: nn.Module, name: str) -> dict[str, LoRALinear]:
     return layers
 
 
-def lora_parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
-    return [p for layer in lora_layers(net, name).values() for p in (layer.lora_A[name], layer.lora_B[name])]
-
-
 def lora_state(net: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """{module path: (down, up)}, whole and on the CPU. On a sharded network every rank must call it."""
     def whole(p):
         return (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
     return {path: (whole(layer.lora_A[name]), whole(layer.lora_B[name]))
             for path, layer in lora_layers(net, name).items()}
-
-
-def local(param: Tensor) -> Tensor:
-    return param.to_local() if isinstance(param, DTensor) else param
-
-
-def share(full: Tensor, param: Tensor) -> Tensor:
-    """What this rank holds of a full tensor that is laid out like `param`; no communication."""
-    if isinstance(param, DTensor):
-        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
-    return full.to(local(param).device)
 
 
 @torch.no_grad()
@@ -110,49 +94,9 @@ def init_lora(net: nn.Module, name: str, seed: int = 0) -> None:
         down, up = layer.lora_A[name], layer.lora_B[name]
         if not down.is_meta:
             values = (2 * torch.rand(down.shape, generator=generator) - 1) / math.sqrt(layer.in_features)
-            local(down).copy_(share(values, down))
-            local(up).zero_()
-
-
-# Original module -> diffusers modules; those of a stream inside joint_blocks.<i> and transformer_blocks.<i>.
-# Three names: a third of a fused weight's rows each.
-DIFFUSERS = {
-    "pos_embed": ["pos_embed.pos_embed"],
-    "x_embedder.proj": ["pos_embed.proj"],
-    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
-    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
-    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
-    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
-    "context_embedder": ["context_embedder"],
-    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-    "final_layer.linear": ["proj_out"],
-    "x_block.attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "x_block.attn.proj": ["attn.to_out.0"],
-    "x_block.attn.ln_q": ["attn.norm_q"], "x_block.attn.ln_k": ["attn.norm_k"],
-    "x_block.attn2.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
-    "x_block.attn2.proj": ["attn2.to_out.0"],
-    "x_block.attn2.ln_q": ["attn2.norm_q"], "x_block.attn2.ln_k": ["attn2.norm_k"],
-    "x_block.mlp.fc1": ["ff.net.0.proj"], "x_block.mlp.fc2": ["ff.net.2"],
-    "x_block.adaLN_modulation.1": ["norm1.linear"],
-    "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "context_block.attn.proj": ["attn.to_add_out"],
-    "context_block.attn.ln_q": ["attn.norm_added_q"], "context_block.attn.ln_k": ["attn.norm_added_k"],
-    "context_block.mlp.fc1": ["ff_context.net.0.proj"], "context_block.mlp.fc2": ["ff_context.net.2"],
-    "context_block.adaLN_modulation.1": ["norm1_context.linear"],
-}
-
-
-def to_diffusers(module: str, rows: int, depth: int) -> dict[str, list[tuple[int, int]]]:
-    """Diffusers modules that an original one with so many output rows becomes -> its rows (start, stop)."""
-    block = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
-    names = DIFFUSERS[block[2] if block else module]
-    prefix = f"transformer_blocks.{block[1]}." if block else ""
-    last = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
-    if module in ("final_layer.adaLN_modulation.1", last):
-        # No gate here, only shift and scale; diffusers stores the scale first.
-        return {prefix + names[0]: [(rows // 2, rows), (0, rows // 2)]}
-    cut = rows // len(names)
-    return {prefix + name: [(i * cut, (i + 1) * cut)] for i, name in enumerate(names)}
+            rows, first = local_rows(down)
+            rows.copy_(values[first:first + len(rows)])
+            local_rows(up)[0].zero_()
 
 
 class Piece(NamedTuple):
@@ -171,13 +115,13 @@ PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)
 OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|(diff|diff_b|[wb]_norm)$)")
 
 
-def spellings(net: nn.Module) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
+def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
     """Every module name a file may use, dotted or with underscores -> (weight name, its shape, the rows)."""
     table = {}
     for name, weight in net.named_parameters():
         if name.endswith(".weight") and weight.ndim >= 2:
             module, rows = name.removesuffix(".weight"), len(weight)
-            for spelling, cuts in {module: [(0, rows)], **to_diffusers(module, rows, net.depth)}.items():
+            for spelling, cuts in {module: [(0, rows)], **names.to_diffusers(module, rows, net)}.items():
                 table[spelling] = table[spelling.replace(".", "_")] = name, tuple(weight.shape), cuts
     return table
 
@@ -200,8 +144,8 @@ def peft_scale(config: dict, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def read_lora(tensors: Tensors, net: nn.Module) -> dict[str, list[Piece]]:
-    """A LoRA file for the MMDiT `net` (which may be on `meta`) -> {weight name: pieces to add}.
+def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[Piece]]:
+    """A LoRA file for `net` (which may be on `meta`) -> {weight name: pieces to add}.
 
     Without `.alpha` tensors or peft settings alpha is the rank. Text-encoder parts are not applied: a warning
     says so. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete pairs and wrong shapes.
@@ -213,7 +157,7 @@ def read_lora(tensors: Tensors, net: nn.Module) -> dict[str, list[Piece]]:
     keys = [key for key in tensors if not key.startswith(TEXT)]
     if other := [key for key in keys if OTHER.search(key)]:
         refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
-    table, found, unknown = spellings(net), {}, []
+    table, found, unknown = spellings(net, names), {}, []
     sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
     for key in keys:
         match = PART.fullmatch(key)
@@ -257,23 +201,25 @@ def merge_lora(target: nn.Module | dict[str, Tensor], lora: dict[str, list[Piece
     in float32 whatever they are stored in."""
     weights = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
     for name, pieces in lora.items():
-        weight = weights[name]
-        delta = torch.zeros(weight.shape, device=local(weight).device)
+        rows, first = local_rows(weights[name])
+        delta = torch.zeros(weights[name].shape, device=rows.device)
         for start, stop, down, up, piece_scale in pieces:
             product = up.to(delta.device) @ down.to(delta.device)
             delta[start:stop] += scale * piece_scale * product.view_as(delta[start:stop])
-        local(weight).copy_(local(weight).float() + share(delta, weight))
+        rows.copy_(rows.float() + delta[first:first + len(rows)])
 
 
-def save_diffusers(path: str | Path, net: nn.Module, name: str, metadata: dict[str, str] | None = None) -> None:
+def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
+                   metadata: dict[str, str] | None = None) -> None:
     """The adapter as diffusers names it: q, k and v apart, each with a copy of the common down.
 
     An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
-    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside, such as the generator's steps.
+    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside, such as the
+    generator's steps.
     """
     tensors, modules, metadata = {}, [], dict(metadata or {})
     for module, (down, up) in lora_state(net, name).items():
-        for spelling, cuts in to_diffusers(module, len(up), net.depth).items():
+        for spelling, cuts in names.to_diffusers(module, len(up), net).items():
             modules.append(spelling)
             tensors[f"transformer.{spelling}.lora_A.weight"] = down
             tensors[f"transformer.{spelling}.lora_B.weight"] = torch.cat([up[a:b] for a, b in cuts])

@@ -1,8 +1,8 @@
 """MMDiT, the denoiser of SD3 and SD3.5 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
 
 Attribute names are the tensor names of the original single files (`model.diffusion_model.` stripped), so that
-loading needs no key map. One class serves SD3-Medium (24 blocks), SD3.5-Medium (query/key norm and a second
-image attention in blocks 0..12), SD3.5-Large (38 blocks, query/key norm) and the tiny default;
+loading needs no key map. One class serves SD3-Medium (24 blocks), SD3.5-Medium (query/key norm, and in blocks
+0..12 a second attention among the image tokens) and SD3.5-Large (38 blocks, query/key norm).
 `config_from_shapes` tells them apart. The file stands alone: torch and einops.
 
 Shapes: B batch, C latent channels, H W latent size, h w = H/patch W/patch, L text tokens, S image tokens,
@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention over (B N L D), no mask: the seam for sequence parallelism (`block.attend = ...`)."""
+    """Full attention over (B N L D), no mask. Blocks call it as `block.attend`, which may be replaced."""
     return scaled_dot_product_attention(q, k, v)
 
 
@@ -26,10 +26,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def timestep_embedding(t: Tensor, width: int = 256) -> Tensor:
-    """Sinusoids of t (B,), cosines first: (B width)."""
-    k = torch.arange(width // 2, device=t.device, dtype=t.dtype)
-    angles = t[:, None] * torch.exp(-math.log(10000) * k / (width // 2))
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Sinusoids of t (B,), cosines first: (B 256)."""
+    k = torch.arange(128, device=t.device, dtype=t.dtype)
+    angles = t[:, None] * torch.exp(-math.log(10000) * k / 128)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -52,7 +52,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one stream. `reduced`: the last text block feeds the attention but gets nothing back."""
+    """Projections of one stream around the attention. `reduced`: of the last block's text, which is attended
+    to and not computed any further."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, reduced: bool = False):
         super().__init__()
@@ -82,7 +83,8 @@ class Mlp(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """Weights of one stream, text or image, in a joint block; `chunks` counts its modulation vectors."""
+    """Weights of one stream, text or image, in a joint block. `chunks`: how many vectors modulate it, three
+    (shift, scale, gate) for each attention and for the MLP; the last text needs only shift and scale."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, attn2: bool = False, reduced: bool = False):
         super().__init__()
@@ -98,7 +100,8 @@ class StreamBlock(nn.Module):
         return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)  # each B 1 D
 
     def residual(self, x: Tensor, attention: Tensor, m: tuple[Tensor, ...], lora: tuple) -> Tensor:
-        """x + gated attention; `mlp_residual` follows (the second image attention comes between the two)."""
+        """x + gated attention. Then come the second image attention, where there is one, and
+        `mlp_residual`."""
         return torch.addcmul(x, m[2], self.attn.proj(attention.contiguous(), *lora))
 
     def mlp_residual(self, x: Tensor, m: tuple[Tensor, ...], lora: tuple) -> Tensor:
@@ -106,7 +109,8 @@ class StreamBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One FSDP and checkpointing unit: text and image tokens with own weights and one common attention."""
+    """Text and image tokens, which have separate weights, in one common attention. A unit of FSDP and of
+    activation checkpointing."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, attn2: bool, last: bool):
         super().__init__()
@@ -117,7 +121,8 @@ class JointBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, c: Tensor, lora: tuple) -> tuple[Tensor, Tensor]:
         xb, cb = self.x_block, self.context_block
-        mx, mc = xb.modulation(c), cb.modulation(c)  # shift, scale, gate of attention, then mlp (then attn2)
+        # Each: shift, scale, gate of the attention, the same of the MLP, and of the second attention if any.
+        mx, mc = xb.modulation(c), cb.modulation(c)
         qkv_x = xb.attn.project(modulate(x, mx[0], mx[1]), lora)
         qkv_c = cb.attn.project(modulate(context, mc[0], mc[1]), lora)
         joint = self.attend(*(torch.cat(p, dim=2) for p in zip(qkv_c, qkv_x)))  # B N L+S D/N, text first
@@ -129,7 +134,7 @@ class JointBlock(nn.Module):
             second = self.attend(*xb.attn2.project(modulate(x_in, mx[6], mx[7]), lora))
             x = torch.addcmul(x, mx[8], xb.attn2.proj(rearrange(second, "B N L D -> B L (N D)"), *lora))
         x = xb.mlp_residual(x, mx, lora)
-        if not self.last:  # the text leaving the last block is used by nothing
+        if not self.last:  # nothing reads the text that leaves the last block
             context = cb.mlp_residual(cb.residual(context, attention_c, mc, lora), mc, lora)
         return x, context
 
@@ -152,7 +157,7 @@ class MMDiT(nn.Module):
                  context_dim: int, pooled_dim: int, qk_norm: bool, attn2: tuple[int, ...]):
         super().__init__()
         self.patch, self.pos_grid, self.depth = patch, pos_grid, depth
-        # A table stored in the checkpoint, not a weight: the originals never train it.
+        # The checkpoint stores this table of positions, but it is not trained: no parameter.
         self.register_buffer("pos_embed", torch.zeros(1, pos_grid * pos_grid, width))
         self.x_embedder = PatchEmbed(patch, in_channels, width)
         self.t_embedder = Embedder(256, width)
@@ -183,8 +188,8 @@ class MMDiT(nn.Module):
         """Velocity (B C H W) at x_t (B C H W), t (B,) in [0, 1] and cond = (context (B L D_c), pooled (B P)).
 
         With `taps`, the image maps (B D h w) leaving these blocks instead; nothing after the last one is run.
-        `lora`: () for the weights as they are, (name,) to add that adapter. It is an argument and not a state
-        of the module, because activation checkpointing replays the forward when another role may be active.
+        `lora`: () for the weights as they are, (name,) to add that adapter. It is an argument and no state of
+        the module: activation checkpointing repeats the forward later, when another adapter may be on.
         Raises ValueError for a latent size that is no multiple of the patch or exceeds the position table.
         """
         context, pooled = cond
@@ -211,7 +216,8 @@ class MMDiT(nn.Module):
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Arguments of MMDiT from the shapes of a checkpoint's tensors (prefix stripped); heads = depth."""
+    """Arguments of MMDiT from the shapes of a checkpoint's tensors (prefix stripped). No shape tells the
+    heads: in every published model they are as many as the blocks."""
     width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("joint_blocks."))
     return dict(

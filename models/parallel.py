@@ -1,22 +1,17 @@
-"""Many GPUs, one or a CPU by the same lines: processes, FSDP2 sharding, loading, updates, save and resume.
+"""Many GPUs, one or a CPU by the same lines: processes, FSDP2 sharding, loading, updates.
 
-Parameters and optimizer state stay float32, computation is bf16 on GPUs (FSDP's mixed precision). At learning
-rates of 1e-7 and 1e-8 bf16 weights could not move; `count_stuck` counts the float32 ones that cannot either.
+Trained parameters and optimizer state are float32, computation is bf16 on GPUs (FSDP's mixed precision). At
+learning rates of 1e-7 and 1e-8 bf16 weights could not move; `count_stuck` counts float32 ones that do not.
 """
-import json
 import math
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import timedelta
 from functools import cache, partial
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -63,19 +58,20 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
     return device, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-@cache
+@cache  # also by `world`: the groups of a process group that was destroyed are of no use to the next
 def _neighbours(count: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_subgroups(count)[0]
 
 
 def neighbours(count: int) -> dist.ProcessGroup:
-    """The group of `count` consecutive ranks that holds this one; the first call is a collective."""
+    """The group of `count` consecutive ranks that this rank is in; the first call is a collective."""
     return _neighbours(count, dist.group.WORLD)
 
 
-def own_share(count: int, sequence: int = 1) -> list[int]:
+def share_of_rank(count: int, sequence: int = 1) -> list[int]:
     """Which of `count` samples this rank makes, where each `sequence` neighbours make the same: equally many
-    on all ranks, because a sharded network needs all of them at once; the last sample fills the rest."""
+    on all ranks, because a sharded network runs on all of them at once. Where `count` cannot be divided
+    evenly, the last sample is made several times."""
     per_rank = -(-count // (dist.get_world_size() // sequence))
     first = dist.get_rank() // sequence * per_rank
     return [min(i, count - 1) for i in range(first, first + per_rank)]
@@ -104,6 +100,17 @@ def any_rank(flag: bool) -> bool:
     return value.item() > 0
 
 
+@cache
+def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def barrier() -> None:
+    """Wait until every rank is here, a day if need be."""
+    # On gloo with a timeout of its own: rank 0 may write or score for longer than nccl's collectives wait.
+    dist.barrier(_patient(dist.group.WORLD))
+
+
 # ---- sharding ----------------------------------------------------------------------------------------------
 
 def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False,
@@ -117,7 +124,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
-        # The root too: else its gathered weights outlive an optimizer step when a no-grad forward came last.
+        # The root too: gathered by a last forward without gradient, its weights would miss the
+        # optimizer's step.
         reshard_after_forward=True)
     # One process in float32 has nothing to share or cast; FSDP's hooks cost as much as a tiny network itself.
     alone = mesh.size() == 1 and dtype == torch.float32 and not offload
@@ -130,14 +138,15 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
 
 
 def settle(net: nn.Module) -> None:
-    """Have FSDP initialise now and not at the first forward, where parameters that are frozen for a phase
-    would count as never trained and have their gradients reduced in bf16."""
+    """Have FSDP initialise now and not at the first forward: a parameter that is frozen at that moment would
+    later have its gradient reduced in bf16."""
     if isinstance(net, FSDPModule):
         net._get_fsdp_state()._lazy_init()
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a parameter and its first row in the whole; a plain tensor is its own part."""
+    """(the rows of a parameter that this rank holds, the index of the first of them); of a plain tensor all.
+    FSDP cuts along the first dimension alone."""
     if not isinstance(p, DTensor):
         return p, 0
     _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -147,7 +156,7 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
 def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> None:
     """Give a sharded `meta` network its memory: parameters on the CPU under offload, buffers on the device.
 
-    Whatever will be trained must require its gradient now: FSDP settles here the dtype of their reduction."""
+    Whatever will be trained must require its gradient already, because of `settle`."""
     net.to_empty(device="cpu" if offload else device)
     settle(net)
     for module in net.modules():
@@ -158,12 +167,13 @@ def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> 
 
 @torch.no_grad()
 def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ()) -> None:
-    """Fill a materialised network from a checkpoint, each rank reading only its own rows. Strict: raises
-    InputError for missing, extra or mis-shaped tensors. Adapters (`.lora_`), which no base checkpoint holds,
-    are left alone."""
-    own = {name: p for name, p in [*net.named_parameters(), *net.named_buffers()] if ".lora_" not in name}
-    check_names(tensors, {name: tuple(p.shape) for name, p in own.items()}, ignore)
-    for name, p in own.items():
+    """Fill a materialised network from a checkpoint, each rank reading only the rows that it holds. Strict:
+    raises InputError for missing, extra or mis-shaped tensors. Adapters (`.lora_`), which no base checkpoint
+    holds, are left alone."""
+    named = [*net.named_parameters(), *net.named_buffers()]
+    targets = {name: p for name, p in named if ".lora_" not in name}
+    check_names(tensors, {name: tuple(p.shape) for name, p in targets.items()}, ignore)
+    for name, p in targets.items():
         local, first = local_rows(p)
         if isinstance(p, DTensor):
             local.copy_(tensors.rows(name, first, first + local.shape[0]))
@@ -176,7 +186,7 @@ def fill_random(net: nn.Module, seed: int) -> None:
     """Weights for --random-weights: normal with deviation 0.02, norms at 1, biases at 0."""
     for i, (name, p) in enumerate([*net.named_parameters(), *net.named_buffers()]):
         local, first = local_rows(p)
-        # Equal on HSDP's copies.
+        # Seeded by the row, not by the rank: HSDP's copies of a network must be equal.
         generator = torch.Generator(local.device).manual_seed(hash((seed, i, first)) % 2 ** 63)
         if name.endswith("bias"):
             local.zero_()
@@ -197,9 +207,9 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 # ---- updates -----------------------------------------------------------------------------------------------
 
 def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state exists from the start: saving needs no
-    special case. Fused: one kernel, where a loop over sharded tensors costs as much as a tiny network, and
-    over offloaded ones would use one core."""
+    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state is made here and not at the first step:
+    it can be saved and resumed at any time. Fused: one kernel, where a loop over sharded tensors takes as
+    long as a tiny network, and over offloaded ones would use one core."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
     for p in params.values():
         opt.state[p] = {"step": torch.zeros((), device=p.device),
@@ -228,172 +238,11 @@ def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def count_stuck(params: list[nn.Parameter], lr: float) -> tuple[int, int]:
-    """(float32 weights that a change of lr would not move, all weights), over all ranks. AdamW's steps are
-    about lr large, up to ten times that where a gradient is larger than its past. The bf16 copy that computes
-    moves later still."""
+    """(float32 weights that a change of size lr would not move, all weights), over all ranks. A step of AdamW
+    is about lr, at most ten times that, where a gradient is far larger than those before it. The bf16 copy
+    that computes moves later still."""
     local = [local_rows(p)[0] for p in params]
     counts = torch.tensor([sum(((p - lr) == p).sum().item() for p in local), sum(p.numel() for p in local)])
     dist.all_reduce(counts)
-    copies = counts[1].item() // sum(p.numel() for p in params)  # under HSDP
+    copies = counts[1].item() // sum(p.numel() for p in params)  # of each weight, under HSDP
     return counts[0].item() // copies, counts[1].item() // copies
-
-
-# ---- save and resume ---------------------------------------------------------------------------------------
-
-def _state(roles: dict[str, tuple[dict[str, nn.Parameter], torch.optim.Optimizer]]) -> dict[str, Tensor]:
-    state = {}
-    for role, (params, opt) in roles.items():
-        for name, p in params.items():
-            state[f"{role}.{name}"] = p.detach()
-            for key, value in opt.state[p].items():
-                state[f"opt.{role}.{name}.{key}"] = value
-    return state
-
-
-def save_state(folder: Path, iteration: int, roles: dict, progress: dict, keep: int = 2) -> Path:
-    """Write the trainable weights, optimizer state and counters to folder/iter_XXXXXXXX through a temporary
-    name: a folder without `.tmp` is complete. roles: name -> (named parameters, optimizer). The `keep` newest
-    are kept."""
-    final = folder / f"iter_{iteration:08d}"
-    temporary = final.with_suffix(".tmp")
-    if is_main():
-        for unfinished in folder.glob("iter_*.tmp"):  # of killed runs
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(_state(roles), checkpoint_id=temporary)
-    if is_main():
-        (temporary / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in complete_states(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
-def complete_states(folder: Path) -> list[Path]:
-    """Saved states in `folder`, oldest first; half-written ones are left out."""
-    return sorted(p for p in folder.glob("iter_*") if p.suffix != ".tmp")
-
-
-def load_state(path: Path, roles: dict) -> dict:
-    """Read what `save_state` wrote, in place, on the same or another number of ranks; returns its progress.
-    Raises InputError for a state of another model or a damaged one."""
-    try:
-        progress = json.loads((path / "progress.json").read_text())
-        dcp.load(_state(roles), checkpoint_id=path)
-    except (Exception, dcp.CheckpointException) as error:
-        # Torch's own is no Exception, and its first line says nothing.
-        own = isinstance(error, dcp.CheckpointException)
-        cause = next(iter(error.failures.values()))[0] if own else error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a state of this model and these flags, or damaged "
-                         f"({reason})") from error
-    return progress
-
-
-# ---- sequence parallel -------------------------------------------------------------------------------------
-
-def sequence_parallel(net: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """Have the ranks of `group` share the tokens of their common samples, in place, before or after `shard`:
-    each runs the blocks on its part of the sequence, and attends with its part of the heads to all of it
-    (Ulysses, Jacobs et al. 2023). Works on networks with `heads`, `cut`, `join` and `blocks()` that `attend`.
-
-    Every rank computes the same before `cut` and after `join`, and so the same loss, of which it seems to be
-    the only owner. Therefore `join` sends back each rank's gradient times the group's size, and `cut` divides
-    by it again: inputs get their exact gradient on every rank, and the mean over the ranks, which FSDP takes,
-    is exact for all weights. Raises InputError if the ranks cannot share the heads evenly."""
-    check_heads(net.heads, group.size())
-    net.cut, net.join = partial(cut, group=group), partial(join, group=group)
-    for block in net.blocks():
-        block.attend = partial(ulysses, group=group, attend=block.attend)
-    return net
-
-
-def check_heads(heads: int, ranks: int) -> None:
-    if heads % ranks:
-        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise InputError(f"--sequence-parallel {ranks} does not divide the network's {heads} attention "
-                         f"heads; expected one of {divisors}")
-
-
-def shares(total: int, first: int, last: int, ranks: int) -> list[int]:
-    """How many of the tokens [first, last) each rank holds: all `total` are cut evenly, to one token."""
-    bounds = [total * rank // ranks for rank in range(ranks + 1)]
-    return [max(0, min(stop, last) - max(start, first)) for start, stop in pairwise(bounds)]
-
-
-def cut(x: Tensor, first: int, total: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's share of x (B n ...), the tokens from `first` on of a sequence of `total`."""
-    return Cut.apply(x, shares(total, first, first + x.shape[1], group.size()), group)
-
-
-def join(x: Tensor, first: int, total: int, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' shares (B l ...) of the tokens [first, total): (B n ...)."""
-    return Join.apply(x, shares(total, first, total, group.size()), group)
-
-
-def ulysses(q: Tensor, k: Tensor, v: Tensor, total: int, group: dist.ProcessGroup,
-            attend: Callable) -> Tensor:
-    """Attention of the whole sequence on q, k, v (B N l D) of this rank's tokens: tokens are exchanged for
-    heads (B N/ranks L D) and back."""
-    ranks, here = group.size(), [q.shape[2]] * group.size()
-    sizes = shares(total, 0, total, ranks)
-    # Tokens first: a rank's parts lie together then, and the exchanged ones need no copy.
-    parts = [rearrange(x, "B (P N) l D -> P l B N D", P=ranks) for x in (q, k, v)]
-    qkv = Exchange.apply(torch.stack(parts, dim=2).flatten(0, 1), here, sizes, group)  # L 3 B N/P D
-    out = attend(*rearrange(qkv, "L three B N D -> three B N L D"), total)
-    out = Exchange.apply(rearrange(out, "B N L D -> L B N D"), sizes, here, group)
-    return rearrange(out, "(P l) B N D -> B (P N) l D", P=ranks)
-
-
-def exchange(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of x (sum(sends) ...) along the first dimension: (sum(receives) ...)."""
-    out = x.new_empty(sum(receives), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
-    return out
-
-
-def gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """All ranks' x (B l ...), of these lengths, one after the other."""
-    copies = x.transpose(0, 1).expand(len(sizes), -1, *x.shape[:1], *x.shape[2:]).flatten(0, 1)
-    return exchange(copies, [x.shape[1]] * len(sizes), sizes, group).transpose(0, 1)
-
-
-def own(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of x (B n ...), in memory of its own."""
-    return x.split(sizes, dim=1)[group.rank()].clone(memory_format=torch.contiguous_format)
-
-
-class Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.back = receives, sends, group
-        return exchange(x, sends, receives, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return exchange(grad, *ctx.back), None, None, None
-
-
-class Cut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.args = sizes, group
-        return own(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return gather(grad / ctx.args[1].size(), *ctx.args), None, None
-
-
-class Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.args = sizes, group
-        return gather(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return own(grad, *ctx.args) * ctx.args[1].size(), None, None

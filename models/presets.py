@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 
 class Preset(NamedTuple):
     # the checkpoint
-    family: str                         # of the denoiser, text encoders and VAE: models/job/networks.py
+    family: str                         # row of models/job/families.py: network, text encoders, VAE, files
     config: dict                        # architecture of the denoiser, checked against the file
     ckpt: Path | None                   # local file; None: `file` of the Hugging Face repository `repo`
     repo: str
@@ -23,7 +23,7 @@ class Preset(NamedTuple):
     vae_factor: int                     # pixels per latent
     vae: dict                           # arguments of the VAE, checked against the file
     clip_length: int                    # tokens of CLIP-L and CLIP-G
-    t5_length: int                      # tokens of T5: 256 as in diffusers, 77 the original's minimum, 0 none
+    t5_length: int                      # [choice] T5 tokens: 256 as in diffusers; original 77 or more; 0 none
     # sampling
     size: tuple[int, int]               # height, width in pixels
     shift: float                        # timestep shift of the teacher's and of the generator's schedule
@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     # distillation
     steps: int                          # N
     cfg: tuple[float, float]            # guidance of the real score and of ODE pairs, uniform per sample
-    lora_rank: int                      # 0: all weights are trained
+    lora_rank: int                      # [choice] 64 for SD3-Medium; 0: all weights are trained
     lr_theta: float
     lr_psi: float
     lr_tau: float
@@ -45,20 +45,15 @@ class Preset(NamedTuple):
     adp_lr_theta: float
     adp_lr_tau: float
     adp_max_iter: int
-    lambdas: tuple[float, float]        # of the latent and of the pixel discriminator, Eqs. (9), (10)
-    pixel_ckpt: Path | None             # SAM's file; None: the hub
+    sam_ckpt: Path | None               # of the pixel discriminator; None: the hub
     pair_count: int                     # [choice] ODE pairs that collect_odes.py makes
     decode_batch: int                   # [choice] pictures decoded at once: each costs gigabytes at 1024 px
     # the job
     prompts: Path | None                # default prompt file
     sample_prompts: tuple[str, ...]
     evaluate: int                       # samples in the closing comparison of teacher and student
-    procedural: bool                    # data known exactly, and so is the evaluation (models/eval/shapes.py)
-    # video
-    frames: int = 0                     # of a clip, 8 k + 1; 0: images
-    fps: int = 8
-    vae_frames: int = 4                 # frames per latent frame
-    generator_cfg_offset: float | None = None  # generator's guidance: the real one's less this; None: none
+    data: str = ""                      # module of models/eval that draws the data and reads it exactly
+    frames: int = 0                     # of a video; 0: images
 
 
 PROMPTS = (
@@ -105,9 +100,9 @@ SD3 = Preset(
     size=(1024, 1024), shift=3.0, teacher_steps=28, teacher_cfg=7.0,
     steps=4, cfg=(6.0, 8.0), lora_rank=64, lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6,
     batch_size=128, micro_batch=4, no_checkpointing=False, max_iter=8000, head_width=256,
-    adp_lr_theta=1e-6, adp_lr_tau=5e-6, adp_max_iter=8000, lambdas=(0.85, 0.15), pixel_ckpt=None,
+    adp_lr_theta=1e-6, adp_lr_tau=5e-6, adp_max_iter=8000, sam_ckpt=None,
     pair_count=50_000, decode_batch=1,
-    prompts=None, sample_prompts=PROMPTS, evaluate=12, procedural=False)
+    prompts=None, sample_prompts=PROMPTS, evaluate=12)
 
 SD35 = SD3._replace(
     config=SD3.config | dict(depth=38, width=2432, heads=38, qk_norm=True),
@@ -153,7 +148,7 @@ PRESETS = {
         config=COGVIDEOX_2B.config | dict(depth=42, heads=48, rotary=True),
         repo="zai-org/CogVideoX-5b", tokenizers="zai-org/CogVideoX-5b", schedule="cogvideox-5b",
         vae=COGVIDEOX_2B.vae | dict(scale=0.7)),
-    # Not in the paper: SD3.5-Large's settings on the smaller model.  # [choice]
+    # Not in the paper: SD3.5-Large's guidance range, SD3-Medium's LoRA and learning rate.  # [choice]
     "sd3.5-medium": SD35._replace(
         config=SD3.config | dict(pos_grid=384, qk_norm=True, attn2=tuple(range(13))),
         repo="stabilityai/stable-diffusion-3.5-medium", file="sd3.5_medium.safetensors",
@@ -171,7 +166,7 @@ PRESETS = {
         clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=1, cfg=(1.5, 2.5), teacher_cfg=3.0,
         lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
         max_iter=400, head_width=128, decode_batch=16,
-        prompts=HERE / "tiny" / "prompts.txt", evaluate=512, procedural=True),
+        prompts=HERE / "tiny" / "prompts.txt", evaluate=512, data="shapes"),
 }
 
 TINY = PRESETS["tiny-sd3"]
@@ -183,14 +178,14 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     clip_length=8, size=(32, 32), cfg=TINY.cfg, teacher_cfg=3.0,
     lr_theta=5e-5, lr_psi=5e-4, lr_tau=2e-3, batch_size=16, micro_batch=16, no_checkpointing=True,
     max_iter=150, head_width=128,
-    adp_lr_theta=5e-5, adp_lr_tau=4e-3, adp_max_iter=400, pixel_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
+    adp_lr_theta=5e-5, adp_lr_tau=4e-3, adp_max_iter=400, sam_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
     pair_count=1024, decode_batch=16,
-    prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, procedural=True)
+    prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, data="shapes")
 
 # z, text and clips as models/tiny/video.py makes them: 9 frames are 3 latent frames, one published chunk.
 PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
     config=dict(depth=6, heads=6, head_dim=16, in_channels=4, text_dim=128, time_dim=96, patch=2,
-                rotary=False, interpolation=0.625),  # 1.875 would leave the 4 columns within 1.6 rad
+                rotary=False, interpolation=0.625),  # 1.875 would set these 4 columns too close
     ckpt=HERE / "tiny" / "cogvideox", repo="", tokenizers=str(HERE / "tiny" / "cogvideox"),
     latent_channels=4, vae_factor=4,
     vae=dict(ch=(16, 32, 32), num_res_blocks=1, z_channels=4, scale=1.0, groups=4, time_levels=2),
@@ -198,4 +193,4 @@ PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
     lr_theta=3e-5, lr_psi=3e-4, lr_tau=5e-4, batch_size=16, micro_batch=16, no_checkpointing=True,
     max_iter=300, head_width=64, decode_batch=16,
     prompts=HERE / "tiny" / "cogvideox" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=512,
-    procedural=True)
+    data="moving_shapes")

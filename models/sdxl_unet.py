@@ -17,7 +17,8 @@ from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention, q (B N S D) on k and v (B N L D), no mask: the seam `block.attend = ...`."""
+    """Full attention of q (B N S D) to k and v (B N L D), no mask. Blocks call it as `block.attend`, which
+    may be replaced."""
     return scaled_dot_product_attention(q, k, v)
 
 
@@ -33,15 +34,15 @@ def embedder(inputs: int, width: int) -> nn.Sequential:
 
 
 class ResBlock(nn.Module):
-    """One FSDP and checkpointing unit."""
+    """A unit of FSDP and of activation checkpointing."""
 
     def __init__(self, c_in: int, c_out: int, emb_width: int, groups: int):
         super().__init__()
-        # GroupNorm computes a half-precision map in float32 by itself and rounds its result alone.
+        # No casts: of a half-precision map GroupNorm computes in float32 and rounds only its result.
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, c_out))
-        self.out_layers = nn.Sequential(  # Identity: the original's dropout, 0 in every published model
+        self.out_layers = nn.Sequential(  # Identity keeps the place of a dropout, 0 in every published model
             nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -51,7 +52,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention; the block attends in between."""
+    """The projections before and after an attention, which the block itself computes."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -89,7 +90,8 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """One FSDP and checkpointing unit: attention among the image tokens, to the text, feed-forward."""
+    """Attention among the image tokens, attention to the text, feed-forward. A unit of FSDP and of activation
+    checkpointing."""
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
@@ -107,7 +109,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks on a map's pixels, and a residual around all of them."""
+    """`depth` transformer blocks on a map's pixels, and a residual connection around all of them."""
 
     def __init__(self, width: int, context_dim: int, heads: int, depth: int, linear: bool, groups: int):
         super().__init__()
@@ -154,8 +156,8 @@ class UNet(nn.Module):
     """Noise prediction network. Build it with `UNet(**config_from_shapes(shapes))`; SD1.5 also needs heads=8.
 
     Level l has width model_channels * channel_mult[l] and `depth[l]` transformer blocks behind each ResBlock.
-    `heads`: the same number at every width; else every width has heads of `head_dim` channels. `vector_dim`:
-    size of the vector condition, None for none. `linear`: Linears around the transformer blocks, else 1x1
+    `heads`: how many at every width; None: as many as `head_dim` channels each make. `vector_dim`: size of
+    the vector condition, None for none. `linear`: Linears around the transformer blocks, else 1x1
     convolutions. `groups` of every GroupNorm: 32 in every published file.
     """
 
@@ -179,7 +181,8 @@ class UNet(nn.Module):
             res = ResBlock(c_in, self.widths[level], emb_width, groups)
             return nn.ModuleList([res, *transformer(self.widths[level], depth[level])])
 
-        self.tapped = {}  # tap key -> the last ResBlock of a level; a dict registers no module twice
+        self.tapped = {}  # tap -> the last ResBlock of a level; a plain dict registers no module twice
+        self.after = {}  # layer -> module that acts on its map when x_t is frames of clips (AnimateDiff)
         c = model_channels
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, c, 3, padding=1)])])
         skips = [c]
@@ -217,13 +220,14 @@ class UNet(nn.Module):
         return {key: (self.widths[i], H >> i, W >> i) for key, i in zip(self.tapped, levels)}
 
     def forward(self, x_t: Tensor, t: Tensor, cond: tuple[Tensor, Tensor | None], taps: tuple[str, ...] = (),
-                lora: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
+                lora: tuple[str, ...] = (), frames: int = 0) -> Tensor | list[Tensor]:
         """Noise (B C H W) at x_t (B C H W), t (B,) in [0, 1] and cond = (context (B L D_c), vector (B P)).
 
         With `taps`, the maps (B D h w) of these keys of `tap_shapes` instead, in network order; nothing after
         the last one is run. A network without vector condition ignores the vector. `lora`: () for the
-        weights as they are, (name,) to add that adapter. It is an argument and not a state of the module,
-        because activation checkpointing replays the forward when another role may be active.
+        weights as they are, (name,) to add that adapter. It is an argument and no state of the module:
+        activation checkpointing repeats the forward later, when another adapter may be on. `frames`: that
+        many consecutive samples are one clip, and the modules in `after` act on its maps; 0 for pictures.
         Raises ValueError for a latent size that the levels cannot halve.
         """
         context, vector = cond
@@ -232,7 +236,7 @@ class UNet(nn.Module):
         if x_t.shape[-2] % factor or x_t.shape[-1] % factor:
             raise ValueError(f"latent {x_t.shape[-2]} x {x_t.shape[-1]} is no multiple of {factor}, the "
                              "downsampling of the lowest level")
-        # t = i/1000 is the DDPM index i - 1; t = 0, which no DDPM trains on, gets the smallest.
+        # t = i/1000 is the DDPM index i - 1. No DDPM trains on t = 0: it gets the smallest index.
         index = (1000 * t.float() - 1).clamp_min(0)
         emb = self.time_embed(timestep_embedding(index, self.model_channels).to(dtype))  # B E
         if hasattr(self, "label_emb"):
@@ -251,6 +255,8 @@ class UNet(nn.Module):
                     x = layer(x, context, lora)
                 else:
                     x = layer(x)
+                if frames and layer in self.after:
+                    x = self.after[layer](x, frames, lora)
                 if layer in wanted:
                     maps.append(x)
                     if len(maps) == len(wanted):
@@ -261,8 +267,8 @@ class UNet(nn.Module):
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Arguments of UNet, but head_dim, heads and groups, from the shapes of a checkpoint's tensors (prefix
-    stripped)."""
+    """Arguments of UNet from the shapes of a checkpoint's tensors (prefix stripped). They do not tell
+    head_dim, heads and groups."""
     model_channels, in_channels, _, _ = shapes["input_blocks.0.0.weight"]
     blocks = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks."))
     levels = 1 + sum(f"input_blocks.{i}.0.op.weight" in shapes for i in range(blocks))

@@ -1,17 +1,17 @@
 """The 2D KL autoencoder of SD3 (16 channels) and of SDXL / SD1.5 (4 channels, 1x1 convs around the latent).
 
-Attribute names are those of the original single files, group `first_stage_model.`. A latent leaves and
-enters in the denoiser's units, (z - shift) * scale: shift 0.0609, scale 1.5305 in SD3; 0 and 0.13025 in SDXL.
-SDXL's own weights overflow float16: run them in float32 or bfloat16.
-Letters: B batch, C channels, Z latent channels, H W image size, h w latent size (H / factor, W / factor).
+Attribute names are the tensor names of the original single files (`first_stage_model.` stripped). A latent
+leaves and enters in the denoiser's units, (z - shift) * scale: shift 0.0609 and scale 1.5305 in SD3, 0 and
+0.13025 in SDXL. SDXL's published weights overflow float16: run them in float32 or bfloat16. The file stands
+alone: torch and einops.
+
+Shapes: B batch, C channels, Z latent channels, H W image size, h w latent size (H / factor, W / factor).
 """
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint as recompute
-
-from models.checkpoint import InputError
 
 
 class ResBlock(nn.Module):
@@ -66,7 +66,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; its owner adds `downsample` or `upsample`."""
+    """The residual blocks of one resolution. The encoder adds `downsample`, the decoder `upsample`."""
 
     def __init__(self, c_in: int, c_out: int, num_blocks: int, groups: int):
         super().__init__()
@@ -132,21 +132,21 @@ class AutoencoderKL(nn.Module):
     """Image (B 3 H W) in [-1, 1] <-> latent (B Z h w).
 
     Build it with `AutoencoderKL(**config_from_shapes(shapes), shift=0.0609, scale=1.5305)`.
-    `quant`: the file has quant_conv and post_quant_conv. `groups` is 32 in every published file.
+    `quant`: there are 1x1 convolutions around the latent. `groups` is 32 in every published file.
     """
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int, shift: float,
                  scale: float, quant: bool = False, groups: int = 32):
         super().__init__()
-        self.shift, self.scale = shift, scale
-        self.z_channels, self.factor = z_channels, 2 ** (len(ch_mult) - 1)
+        self.shift, self.scale, self.factor = shift, scale, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, 2 * z_channels, groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant else nn.Identity()
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant else nn.Identity()
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (clamped to [-30, 20]) of z, before shift and scale: each (B Z h w)."""
+        """Mean and log-variance (clamped to [-30, 20]) of z, before shift and scale: each (B Z h w). Raises
+        ValueError for a size that is no multiple of `factor`."""
         if image.shape[-2] % self.factor or image.shape[-1] % self.factor:
             raise ValueError(f"image size {tuple(image.shape[-2:])} is not a multiple of {self.factor}")
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
@@ -166,12 +166,10 @@ class AutoencoderKL(nn.Module):
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Constructor arguments but shift, scale and groups from the shapes of a checkpoint (prefix stripped).
-
-    Raises InputError where the names are not those of an autoencoder in the original layout.
-    """
+    """Arguments of AutoencoderKL from the shapes of a checkpoint's tensors (prefix stripped). They do not
+    tell shift, scale and groups. Raises ValueError where the names are not those of the original layout."""
     if "encoder.down.0.block.0.conv1.weight" not in shapes or "decoder.conv_in.weight" not in shapes:
-        raise InputError("no VAE in the original layout: expected encoder.down.0.block.0.conv1.weight, ..., "
+        raise ValueError("no VAE in the original layout: expected encoder.down.0.block.0.conv1.weight, ..., "
                          f"found {', '.join(sorted(shapes)[:3]) or 'nothing'}")
     ch = shapes["encoder.conv_in.weight"][0]
     first = {name.split(".")[2]: shape[0] for name, shape in shapes.items()

@@ -20,7 +20,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--size", type=int, nargs=2, default=(10, 15), help="height and width in latents")
 parser.add_argument("--latents", type=int, default=7)
 parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-parser.add_argument("--tiles", type=int, nargs=2)
 args = parser.parse_args()
 
 cuda = torch.cuda.is_available()
@@ -42,7 +41,7 @@ with torch.no_grad():
         p.normal_(0, 0.02)
     latent = torch.randn(1, args.latents, 16, *args.size, device="cuda" if cuda else "cpu")
     before, start = resident(), time.perf_counter()
-    video = vae.decode(latent, tiles=args.tiles)
+    video = vae.decode(latent)
     if cuda:
         torch.cuda.synchronize()
 seconds = time.perf_counter() - start

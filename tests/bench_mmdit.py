@@ -12,7 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.lora import to_diffusers  # noqa: E402
+from models.diffusers_names import mmdit_to_diffusers  # noqa: E402
 from models.mmdit import MMDiT  # noqa: E402
 from tests.bench import race  # noqa: E402
 
@@ -29,7 +29,7 @@ torch.nn.init.normal_(ours.pos_embed, std=0.02)
 state = {}
 for name, value in ours.state_dict().items():
     module, _, kind = name.rpartition(".") if name != "pos_embed" else (name, "", "")
-    for spelling, cuts in to_diffusers(module, value.shape[0] if module != "pos_embed" else 1, DEPTH).items():
+    for spelling, cuts in mmdit_to_diffusers(module, value.shape[0] if module != "pos_embed" else 1, ours).items():
         state[f"{spelling}.{kind}".rstrip(".")] = torch.cat([value[a:b] for a, b in cuts])
 theirs.load_state_dict(state)
 

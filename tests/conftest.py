@@ -67,16 +67,16 @@ def manifest(path: Path) -> tuple[dict, dict]:
     return {name: tuple(shape) for name, shape in data["tensors"].items()}, data["_meta"]
 
 
-def refusal_of(script: str, *flags) -> str:
+def refusal_of(script: str, *flags, printed: str = "") -> str:
     """What `python SCRIPT FLAGS`, which is refused with exit code 2, would print to stderr: here, without the
-    seconds that a process of its own takes to import."""
+    seconds that a process of its own takes to import. `printed`: the pattern of its stdout."""
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         patch.setattr(os, "_exit", sys.exit)
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert (caught.value.code, output.getvalue()) == (2, "")
+    assert caught.value.code == 2 and re.fullmatch(printed, output.getvalue(), re.S)
     return errors.getvalue()
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.eval import shapes  # noqa: E402
-from models.tiny import images  # noqa: E402
 from models.checkpoint import open_tensors  # noqa: E402
 from models.diffusion import generator_times, teacher_times  # noqa: E402
+from models.eval import shapes  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
+from models.tiny.training import encode_captions, generate, open_teacher  # noqa: E402
 
 ROWS = {  # row of the paper: (what it is, script, flags, run it starts from)
     "A1": ("rectified flow on the pairs (MSE)", "adp.py", ["--loss", "mse"], None),
@@ -67,14 +67,14 @@ def train(args, name: str, seed: int) -> None:
 
 def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None) -> dict:
     """Exact figures of the denoiser in a file, the same noise and prompts for all."""
-    row = PRESETS["tiny-sdxl"]
-    F, vae, text = images.open_teacher(row._replace(ckpt=ckpt))
+    preset = PRESETS["tiny-sdxl"]
+    F, vae, text = open_teacher("tiny-sdxl", ckpt)
     metadata = open_tensors(ckpt).metadata
     F = replace(F, predicts=metadata.get("dmdx.predicts", F.predicts),
                 schedule=metadata.get("dmdx.schedule", F.schedule))
-    tn = (generator_times if steps == 1 else teacher_times)(steps, row.shift, F.schedule)
-    prompts, table = shapes.evaluation_prompts(samples), images.encode_captions(row, text)
-    return shapes.evaluate(images.generate(row, F, vae, table, prompts, tn, cfg), prompts)
+    tn = (generator_times if steps == 1 else teacher_times)(steps, preset.shift, F.schedule)
+    prompts, table = shapes.evaluation_prompts(samples), encode_captions(preset, text)
+    return shapes.evaluate(generate(preset, F, vae, table, prompts, tn, cfg), prompts)
 
 
 def seconds(out: Path) -> float:

@@ -16,7 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from models.checkpoint import InputError, check_names, find, load, open_tensors, replacing, save_safetensors
+from models.checkpoint import (
+    InputError,
+    check_names,
+    find,
+    load,
+    open_tensors,
+    replacing,
+    save_safetensors,
+)
+from models.job.motion import merged
 
 
 def refusal(call, *args) -> str:
@@ -163,6 +172,20 @@ def test_groups(tmp_path):
         f"{tensors.path}: expected tensors named model.diffusion_model.*, found net.a, net.b, vae.c"
     with pytest.raises(KeyError, match="net.c"):
         group["c"]
+
+
+def test_merged_files_hold_the_names_of_both(tmp_path):
+    overlapping = {"motion.d": torch.randn(3, 2), "net.a": torch.zeros(5, 3)}
+    for name, file in (("a", small()), ("b", overlapping)):
+        save_file(file, tmp_path / f"{name}.safetensors", {"from": name, name: "kept"})
+    a, b = (open_tensors(tmp_path / f"{name}.safetensors") for name in "ab")
+    motion = b.group("motion.")
+    both = merged(a, motion)
+    assert both.shapes == a.shapes | {"d": (3, 2)}
+    assert both.metadata == {"from": "a", "a": "kept", "b": "kept"}
+    assert torch.equal(both["net.b"], a["net.b"]) and torch.equal(both.rows("d", 1, 3), motion["d"][1:])
+    assert refusal(merged, a, b) == \
+        f"{b.path}: 1 of its 2 tensors are in {a.path} too (net.a); expected other names"
 
 
 @pytest.mark.parametrize("scale, inputs", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])

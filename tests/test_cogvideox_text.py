@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from transformers import T5Tokenizer
 
 from models.checkpoint import InputError, Tensors, open_tensors
-from models.text import EXTRAS, CogVideoXText, hub_tensors, load_tokenizers, t5_tensors
+from models.text import CogVideoXText
+from models.text_encoders import EXTRAS, hub_tensors, load_tokenizers, t5_tensors
 
 ALIAS = "encoder.embed_tokens.weight"
 
@@ -65,7 +66,7 @@ def test_prompts_are_padded_or_cut_to_the_length_and_the_unconditional_is_zeros_
     T5Tokenizer(vocab=pieces + [(c, -3.0) for c in letters], extra_ids=0).save_pretrained(tmp_path / "tokenizer")
     tokenizers = load_tokenizers(tmp_path, t5=False)
     text = CogVideoXText(parts, tokenizers, length=6).load(parts)
-    ids = text.tokenize(["cat", "", "cat " * 9])
+    (ids,) = text.tokenize(["cat", "", "cat " * 9])
     assert ids.tolist() == [[4, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [4, 4, 4, 4, 4, 1]]
     zeros = text.unconditional()
     assert zeros.context.shape == (1, 6, text.t5.config.d_model) and not zeros.context.any()

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import collect_odes
-from models import checkpoint, data
+from models import checkpoint, data, shards
 from models.job import networks
 from models.checkpoint import InputError
-from models.data import noise, open_pairs, uniform, write_manifest, write_shard
+from models.data import noise, uniform
+from models.shards import open_pairs, write_manifest, write_shard
 from models.diffusion import Denoiser, solve, teacher_times
 from models.job.flags import entry, resolve_model
 from models.parallel import init_distributed
@@ -86,7 +87,7 @@ def test_pairs_are_direct_solves(tmp_path, model):
     shard = load_file(tmp_path / "out" / "pairs_00000000-00000004.safetensors")
     assert json.loads(shard["prompts"].numpy().tobytes()) == [*prompts, *prompts[:2]]
     row, (device, mesh) = resolve_model(args), init_distributed()
-    bound = 5e-3 if row.predicts == "epsilon" else 1e-4
+    bound = 5e-3 if row.predicts == "epsilon" else 5e-4
     F_phi = Denoiser(networks.load_network(args, row, mesh, device), row.predicts, row.schedule)
     text, tn = networks.load_text(args, row, mesh, device), teacher_times(3, row.shift, row.schedule)
     for i in range(5):
@@ -95,7 +96,7 @@ def test_pairs_are_direct_solves(tmp_path, model):
         with torch.no_grad():
             x_0 = solve(F_phi, x_T, tn, text.encode([prompts[i % 3]]), text.unconditional(), w)
         assert torch.equal(shard["x_T"][i], x_T[0]) and shard["w"][i] == w and shard["index"][i] == i
-        # Matrix products of another height round otherwise: 1e-5 for latents of about 1. An epsilon network's
+        # Matrix products of another height round otherwise: 4e-5 for latents of up to 8. An epsilon network's
         # error reaches x_0 enlarged by guidance (2 w - 1, up to 11) and by 1 / alpha_1 = 15: up to 5e-4 on
         # the CPUs tried. Another pair's prompt or noise is 1 away, its scale 0.04.
         torch.testing.assert_close(shard["x_0"][i], x_0[0], rtol=0, atol=bound)
@@ -209,7 +210,7 @@ def test_a_smaller_count_takes_nothing_away(copy):
     (["--seed", 1], "seed 1 (was 0)"), (["--steps", 3], "steps 3 (was 2)"),
     (["--cfg", 1, 2], "cfg [1.0, 2.0] (was"), (["--size", 16, 32], "size [16, 32] (was [32, 32])"),
     (["--dtype", "bf16"], "dtype bf16 (was fp32)"),
-    (["--shard-size", 16], "shard_size 16 (was 8)"), (["--no-t5"], "no_t5 True (was False)"),
+    (["--shard-size", 16], "shard_size 16 (was 8)"),
     (["--precision", "bf16"], "precision bf16 (was fp32)"), (["--prompts", "{folder}/p.txt"], "prompts "),
     (["--ckpt", "{folder}/tuned.safetensors"], "checkpoint "), (["--text-ckpt", ROW.ckpt], "text_ckpt "),
 ], ids=lambda value: "" if isinstance(value, str) else str(value[0]))
@@ -350,8 +351,8 @@ def test_rows_in_any_order(finished):
 
 def test_a_shard_is_hashed_once_and_then_read_by_rows(finished, monkeypatch):
     pairs, hashed, read = open_pairs(finished, MODEL, SHAPE), [], []
-    sha256, rows = data.sha256, checkpoint.Tensors.rows
-    monkeypatch.setattr(data, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    sha256, rows = shards.sha256, checkpoint.Tensors.rows
+    monkeypatch.setattr(shards, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     monkeypatch.setattr(checkpoint.Tensors, "rows",
                         lambda self, *where: read.append(where) or rows(self, *where))
     for indices in ([9, 10], [15], [10, 1]):

@@ -1,4 +1,4 @@
-"""models/data.py: prompt files, draws that depend on counters alone, pictures, metrics."""
+"""models/data.py: prompt files, draws that depend on counters alone, metrics."""
 import itertools
 import json
 import os
@@ -7,21 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.checkpoint import InputError
-from models.data import (
-    append_jsonl,
-    noise,
-    prompt_index,
-    read_prompts,
-    save_grid,
-    save_png,
-    save_rows,
-    to_uint8,
-    truncate_jsonl,
-    uniform,
-)
+from models.data import append_jsonl, noise, prompt_index, read_prompts, truncate_jsonl, uniform
 
 
 def write(path, content: str | bytes):
@@ -197,97 +185,13 @@ def test_draws_of_a_seed_stay_what_they_are():
 def test_a_small_batch_is_drawn_in_no_time():
     noise((16, 8, 8), 0, 0, "z", range(16))
     best = min(timed(lambda: noise((16, 8, 8), 0, 0, "z", range(16))) for _ in range(20))
-    assert best < 0.002
+    assert best < 0.02  # 0.0006 s on a busy core
 
 
 def timed(call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-def pixels(path) -> np.ndarray:
-    image = Image.open(path)
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-def test_to_uint8_rounds_and_clamps():
-    value = torch.tensor([-9.0, -1.0, -0.999, -1 / 255, 0.0, 1 / 255, 0.999, 1.0, 9.0])
-    assert to_uint8(value).tolist() == [0, 0, 0, 127, 128, 128, 255, 255, 255]
-    assert to_uint8(value.bfloat16()).dtype == torch.uint8
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every / 127.5 - 1), every) and torch.equal(to_uint8(every), every)
-
-
-def test_png_holds_the_image_and_its_text(tmp_path):
-    image = torch.rand(3, 5, 7) * 2 - 1
-    text = {"prompt": 'a "fox" — 狐\nsecond line', "seed": "7"}
-    save_png(tmp_path / "new" / "x.png", image, text)
-    assert (pixels(tmp_path / "new" / "x.png") == to_uint8(image).permute(1, 2, 0).numpy()).all()
-    assert Image.open(tmp_path / "new" / "x.png").text == text
-    assert os.listdir(tmp_path / "new") == ["x.png"]
-    save_png(tmp_path / "y.png", to_uint8(image))
-    assert (pixels(tmp_path / "y.png") == pixels(tmp_path / "new" / "x.png")).all()
-    assert Image.open(tmp_path / "y.png").text == {}
-
-
-def test_a_failed_save_keeps_the_old_picture(tmp_path):
-    save_png(tmp_path / "x.png", torch.zeros(3, 4, 4))
-    before = (tmp_path / "x.png").read_bytes()
-    with pytest.raises(UnicodeEncodeError):
-        save_png(tmp_path / "x.png", torch.ones(3, 4, 4), {"狐": "a PNG keyword must be Latin-1"})
-    assert (tmp_path / "x.png").read_bytes() == before and os.listdir(tmp_path) == ["x.png"]
-
-
-def test_grid_in_reading_order(tmp_path):
-    images = to_uint8(torch.rand(5, 3, 4, 6) * 2 - 1)
-    save_grid(tmp_path / "x.png", images, columns=3, least=4)
-    grid, tiles = pixels(tmp_path / "x.png"), images.permute(0, 2, 3, 1).numpy()
-    assert grid.shape == (8, 18, 3)
-    for i, tile in enumerate(tiles):
-        top, left = i // 3 * 4, i % 3 * 6
-        assert (grid[top:top + 4, left:left + 6] == tile).all()
-    assert (grid[4:, 12:] == 0).all()
-    save_grid(tmp_path / "x.png", images[:2], columns=3, least=0)
-    assert pixels(tmp_path / "x.png").shape == (4, 12, 3)
-
-
-def test_small_images_are_enlarged_by_whole_pixels(tmp_path):
-    images = to_uint8(torch.rand(2, 3, 32, 48) * 2 - 1)
-    save_grid(tmp_path / "x.png", images, columns=2, least=100)  # 32 -> 128, the first multiple from 100
-    grid = pixels(tmp_path / "x.png")
-    assert grid.shape == (128, 2 * 192, 3)
-    assert (grid[:, :192] == images[0].permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)).all()
-
-
-def test_rows_with_labels(tmp_path):
-    rows = [("teacher, 28 steps", torch.full((3, 3, 32, 32), 1.0)),
-            ("student, 2 steps", torch.full((2, 3, 32, 32), -1.0))]
-    rows[0][1][:, 1:] = -1  # red above, black below, on white
-    save_rows(tmp_path / "x.png", rows, least=64)
-    picture = pixels(tmp_path / "x.png")
-    red = (picture == (255, 0, 0)).all(-1)
-    assert red.sum() == 3 * 64 * 64
-    tops, lefts = np.nonzero(red.any(1))[0], np.nonzero(red.any(0))[0]
-    assert len(tops) == 64 and np.ptp(tops) == 63 and len(lefts) == 3 * 64 and np.ptp(lefts) > 3 * 64
-    dark = (picture < 128).all(-1)
-    below = dark[tops[-1] + 1:]
-    second = np.nonzero(below.sum(1) == 2 * 64)[0]
-    assert len(second) == 64 and np.ptp(second) == 63
-    # A label, dark on white, above each of the two rows.
-    assert dark[:tops[0]].any() and below[:second[0]].any() and not below[second[-1] + 1:].any()
-
-
-def test_labels_are_never_cut(tmp_path):
-    image = torch.ones(1, 3, 32, 32)
-    save_rows(tmp_path / "short.png", [("teacher", image)])
-    save_rows(tmp_path / "long.png", [("teacher " * 20, image)])
-    short, long = pixels(tmp_path / "short.png"), pixels(tmp_path / "long.png")
-    assert long.shape[0] == short.shape[0] and long.shape[1] > 5 * short.shape[1]
-    assert (long[:, -8:] == 255).all() and (long[:, -100:] < 128).any()
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------------

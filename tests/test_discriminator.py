@@ -21,18 +21,10 @@ from transformers import (
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.cogvideox import CogVideoX
 from models.diffusion import Denoiser
-from models.discriminator import (
-    Discriminator,
-    Head3d,
-    PixelDiscriminator,
-    dinov2_encoder,
-    load_vision,
-    original_name,
-    sam_encoder,
-    shrink_count,
-)
+from models.discriminator import Discriminator, Head3d, PixelDiscriminator, hinge, shrink_count
 from models.mmdit import MMDiT, config_from_shapes
 from models.presets import PRESETS
+from models.vision import dinov2_encoder, load_vision, original_name, sam_encoder
 
 SMALL = dict(depth=3, width=48, heads=3, patch=2, in_channels=4, pos_grid=8, context_dim=20, pooled_dim=10,
              qk_norm=True, attn2=())
@@ -71,6 +63,11 @@ def test_heads_shrink_to_8_and_twice_where_2_by_2_are_left():
     # side -> halvings: 64 -> 8 takes 3; 33 -> 16 -> 8, 16 -> 4 and 8 -> 2 take two; 4 -> 2 allows one, 3 and
     # less none.
     assert [shrink_count(side) for side in (128, 64, 33, 16, 8, 4, 3, 2, 1)] == [4, 3, 2, 2, 2, 1, 0, 0, 0]
+
+
+def test_hinge():
+    fake, real = torch.tensor([[-2.0, -1.0], [0.0, 1.0]]), torch.tensor([[2.0, 1.0], [0.0, -1.0]])
+    assert hinge(fake, real) == (0 + 0 + 1 + 2) / 4 * 2
 
 
 def test_backbone_is_the_teacher_and_is_not_registered():

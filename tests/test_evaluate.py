@@ -2,21 +2,23 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, golden, read_golden
 from PIL import Image
+from test_pictures import odd_pictures
 from torch import Tensor
 
 import adm
 import evaluate
 from models.eval import lpips, metrics, moving_shapes, shapes
 from models.checkpoint import InputError, save_safetensors
-from models.data import picture, read_mp4, save_mp4, save_png, to_uint8
 from models.eval.fvd import frechet_distance
 from models.eval.metrics import paper_rows, quick_scores, read_items, table
+from models.pictures import picture, read_mp4, save_mp4, save_png, to_uint8
 
 PROMPTS = ["a cat", "a dog", "a red box"]
 
@@ -46,11 +48,11 @@ def scorers(monkeypatch) -> list:
 
     def load_scorer(kind, ckpt, tokenizer, device, **options):
         if kind == "mps" and ckpt is None:
-            raise InputError("MPS_overall_checkpoint.pth: not on the hub; --ckpt PATH takes the file")
+            raise InputError("MPS_overall_checkpoint.pth: not on the hub; --mps-ckpt PATH takes the file")
         loaded.append(Scorer(" ".join([kind, *map(str, options.values())])))
         return loaded[-1]
 
-    monkeypatch.setattr(evaluate, "load_scorer", load_scorer)
+    monkeypatch.setattr("models.eval.scores.load_scorer", load_scorer)
     return loaded
 
 
@@ -139,6 +141,43 @@ def test_one_corrupt_picture_is_named_and_loses_nothing_else(tmp_path, scorers, 
         assert reason in told
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("metric", ["clip", "lpips", "shapes"])
+def test_odd_pictures_are_scored_or_left_out_by_name(tmp_path, scorers, metric):
+    """60000 x 60000, animated, 16 bits, cut off, empty: no picture ends the run, and the others are scored."""
+    good, bad = odd_pictures(tmp_path / "a")
+    flags = {"clip": ["--clip-backbone", "ViT-B-32"], "lpips": lpips_flags(tmp_path), "shapes": []}[metric]
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    command = ("--images", tmp_path / "a", "--metrics", metric, "--prompts", tmp_path / "p.txt", *flags)
+    if metric == "shapes":  # which takes pictures of one size alone
+        for name in (*good, *bad):
+            if name not in ("animated.png", "grey16.png", "half.png", "huge.png"):
+                (tmp_path / "a" / name).unlink()
+        bad = {name: bad[name] for name in ("animated.png", "grey16.png", "half.png", "huge.png")}
+        for i in range(2):
+            save_png(tmp_path / "a" / f"{i}.png", torch.zeros(3, 32, 32))
+    found = run(tmp_path / "out", *command)
+    assert {Path(path).name for path in found["broken"]} >= bad.keys()
+    assert all(reason in found["broken"][str(tmp_path / "a" / name)] for name, reason in bad.items())
+    assert len(row(found, tmp_path / "a")) > 0
+    if metric == "clip":
+        assert found["samples"] == {str(tmp_path / "a"): len(good)} and scorers[-1].seen == len(good)
+
+
+@pytest.mark.parametrize("key, values", [("model", ("tiny-sd3", "tiny-sdxl")), ("ckpt", ("adm-000", "x.safetensors")),
+                                         ("steps", ("1", "25")), ("cfg", ("1", "3"))])
+def test_a_folder_of_two_generators_is_refused(tmp_path, scorers, key, values):
+    make_pictures(tmp_path / "b", seed="0")
+    make_pictures(tmp_path / "a", 24, seed="0", **{key: values[0]})
+    make_pictures(tmp_path / "a", 8, seed="1", **{key: values[1]})  # the first 8 again, as a shorter run would
+    with pytest.raises(InputError) as caught:
+        run(tmp_path / "out", "--images", tmp_path / "a", tmp_path / "b", "--metrics", "clip")
+    assert str(caught.value) == (f"{tmp_path / 'a'}: 000.png notes {key} {values[1]}, 008.png {key} {values[0]}; "
+                                 "expected samples of one generator in a folder")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["rows"]) == [str(tmp_path / "b")]  # the other folder is scored
+
+
 def test_empty_and_absent_folders_lose_no_others(tmp_path, scorers):
     make_pictures(tmp_path / "a")
     (tmp_path / "empty").mkdir()
@@ -198,10 +237,16 @@ def test_a_picture_without_prompt_is_refused_where_one_is_needed(tmp_path, score
 
 # ---- LPIPS diversity ---------------------------------------------------------------------------------------
 
-def test_diversity_is_the_mean_over_prompts(tmp_path, capsys):
+def lpips_flags(folder) -> list:
+    """A narrow VGG with random weights in the folder, and the flag that takes it."""
     tensors, _ = read_golden(golden("lpips_small*.safetensors")[0])
-    file, images = tmp_path / "vgg.safetensors", make_pictures(tmp_path / "a")
+    file = folder / "vgg.safetensors"
     save_safetensors(file, {name[4:]: t for name, t in tensors.items() if name.startswith("vgg.")})
+    return ["--lpips-ckpt", file]
+
+
+def test_diversity_is_the_mean_over_prompts(tmp_path, capsys):
+    (_, file), images = lpips_flags(tmp_path), make_pictures(tmp_path / "a")
     found = run(tmp_path / "out", "--images", tmp_path / "a", "--metrics", "lpips", "--lpips-ckpt", file)
     net = lpips.load_lpips("vgg", [file])
     each = [lpips.diversity(net, [picture(images[i]), picture(images[i + 3])]) for i in range(3)]
@@ -395,7 +440,7 @@ def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeyp
     def load(kind, device):
         asked.append(kind)
         return lambda images, prompts: torch.tensor([float(np.asarray(image).mean()) for image in images])
-    monkeypatch.setattr("models.job.job.load_scorer", load)
+    monkeypatch.setattr("models.eval.scores.load_scorer", load)
     flags = ["--batch-size", "2", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
              "--lora-rank", "4", "--fake-lora", "4", "--save-every", "1", "--out", str(tmp_path / "run")]
     adm.main(adm.parse_args([*flags, "--max-iter", "2"]))

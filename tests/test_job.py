@@ -21,6 +21,8 @@ from models.job import job as job_module
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import uniform
 from models.job.flags import resolve, run_folder
+from models.job.log import health
+from models.job.networks import load_vae
 from models.parallel import init_distributed
 from models.presets import PRESETS
 
@@ -245,6 +247,9 @@ def damaged(path, kind):
     elif kind == "no VAE":
         tensors = {key: t for key, t in tensors.items() if not key.startswith("first_stage_model.")}
         words = "expected tensors named first_stage_model.*, found "
+    elif kind == "VAE of another layout":
+        tensors = {key.replace("encoder.down.", "encoder.down_blocks."): t for key, t in tensors.items()}
+        words = "no VAE in the original layout: expected encoder.down.0.block.0.conv1.weight, ..., found decoder."
     elif kind == "no T5":
         tensors, words = {key: t for key, t in tensors.items() if "t5xxl" not in key}, "no T5 encoder; pass --text-ckpt"
     elif kind == "SDXL":
@@ -267,8 +272,8 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    "absent", "truncated", "no checkpoint", "pickle", "denoiser only", "no VAE", "no T5", "SDXL", "missing", "missing size",
-    "missing in VAE", "missing in text", "extra", "extra in VAE", "extra in text", "shape", "shape of size"])
+    "absent", "truncated", "no checkpoint", "pickle", "denoiser only", "no VAE", "VAE of another layout", "no T5",
+    "SDXL", "missing", "missing size", "missing in VAE", "missing in text", "extra", "extra in VAE", "extra in text", "shape", "shape of size"])
 def test_checkpoints_that_do_not_fit(tmp_path, kind):
     path, words = damaged(tmp_path / "x.safetensors", kind)
     message = refusal("--batch-size", 2, "--ckpt", path, "--out", tmp_path / "run")
@@ -369,7 +374,7 @@ def history(count, **changed):
     (history(49, margin=[0.0], loss_tau=0.0), "health: good"),  # too early to tell
 ], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "theta dead", "two dead", "not dead", "early"])
 def test_health_names_what_is_wrong(rows, words):
-    line = job_module.health(rows)
+    line = health(rows)
     assert words in line and (words.startswith("margin") or line.endswith(words) or "nan" in words)
 
 
@@ -385,7 +390,7 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     for i in range(1, 251):
         log = job.begin(i)
         for role in ("psi", "theta", "tau"):
-            log.update(role, 2.0, 1.0)
+            log.record |= {f"loss_{role}": 2.0, f"grad_norm_{role}": 1.0}
         log.add(margin=torch.tensor([0.5, 0.7]), x_0_mean=torch.tensor(0.0), x_0_std=torch.tensor(1.0))
         assert not job.end(log, i)
     assert lines == [f"{i}: margin +0.6000 hinge 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
@@ -410,3 +415,10 @@ def test_another_size_has_no_exact_figures_but_pictures(tmp_path):
     """The tiny data, and so their evaluator, exist at one size."""
     train("--batch-size", 2, "--max-iter", 1, "--size", 16, 16, "--evaluate", 2, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "compare.png").exists() and not (tmp_path / "run" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("flags, dtype", [([], torch.float32), (["--vae-precision", "bf16"], torch.bfloat16)])
+def test_precision_of_the_vae(flags, dtype):
+    device, _ = init_distributed()
+    args = adm.parse_args(flags)
+    assert {p.dtype for p in load_vae(args, resolve(args), device).parameters()} == {dtype}

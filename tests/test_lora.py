@@ -5,6 +5,7 @@ Without a remark the tolerance is that of the goldens, 1e-4 max abs in float32 (
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,16 +17,16 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from models.checkpoint import InputError, load, open_tensors
+from models.diffusers_names import MMDIT, mmdit_to_diffusers
 from models.lora import (
     add_lora,
     init_lora,
-    lora_parameters,
+    lora_layers,
     lora_state,
     merge_lora,
     read_lora,
     save_diffusers,
     save_kohya,
-    to_diffusers,
 )
 from models.mmdit import MMDiT, config_from_shapes
 
@@ -54,6 +55,10 @@ def velocity(net, path, *adapter):
     tensors, _ = read_golden(path)
     cond = tensors["in.context"], tensors["in.y"]
     return net(tensors["in.x"], tensors["in.t"] / 1000, cond, lora=adapter)
+
+
+def lora_parameters(net, name):
+    return [p for layer in lora_layers(net, name).values() for p in (layer.lora_A[name], layer.lora_B[name])]
 
 
 def train(net, name):
@@ -87,7 +92,7 @@ def test_golden(path, output, tmp_path):
             config = {"transformer.r": meta["rank"], "transformer.lora_alpha": float(alpha[1])}
             lora = write(tmp_path / "lora.safetensors", read_golden(file(path, layout))[0],
                          lora_adapter_metadata=json.dumps(config))
-        merge_lora(net, read_lora(lora, net), float(case.removeprefix("scale")) if not alpha else 1.0)
+        merge_lora(net, read_lora(lora, net, MMDIT), float(case.removeprefix("scale")) if not alpha else 1.0)
     torch.testing.assert_close(velocity(net, path), tensors[output], atol=1e-4, rtol=0)
 
 
@@ -101,7 +106,7 @@ def test_map(model):
     built = {}
     for name in names:
         module, dot, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-        built |= {(new + dot + kind, name): cuts for new, cuts in to_diffusers(module, rows, depth).items()}
+        built |= {(new + dot + kind, name): cuts for new, cuts in mmdit_to_diffusers(module, rows, SimpleNamespace(depth=depth)).items()}
     assert built == {(diffusers, original): ops[op] for diffusers, original, op in MAP[model]}
 
 
@@ -112,7 +117,7 @@ def test_new_adapter_is_identity(path):
     net = base(path)
     before = velocity(net, path)
     names = set(net.state_dict())
-    add_lora(net, "generator", rank=4)
+    add_lora(net, MMDIT, "generator", rank=4)
     assert names <= set(net.state_dict())
     assert torch.equal(velocity(net, path, "generator"), before)
     assert torch.equal(velocity(net, path), before)
@@ -128,22 +133,22 @@ def test_new_adapter_is_identity(path):
 @pytest.mark.parametrize("targets", [("qkv", "proj"), ("qkv", "fc1", "fc2")])
 def test_written_file_is_the_adapter(path, save, alpha, targets, tmp_path):
     net, rank = base(path), 4
-    add_lora(net, "generator", rank, alpha, targets)
+    add_lora(net, MMDIT, "generator", rank, alpha, targets)
     train(net, "generator")
     with_adapter = velocity(net, path, "generator")
-    save(tmp_path / "lora.safetensors", net, "generator")
+    save(tmp_path / "lora.safetensors", net, *[MMDIT] * (save is save_diffusers), "generator")
     tensors = open_tensors(tmp_path / "lora.safetensors")
     described = "lora_adapter_metadata" in tensors.metadata
     assert described == (save is save_diffusers and alpha not in (None, rank))
 
     merged = base(path)
-    lora = read_lora(tensors, merged)
+    lora = read_lora(tensors, merged, MMDIT)
     for module, (down, up) in lora_state(net, "generator").items():
         pieces = sorted(lora.pop(module + ".weight"))
         assert torch.equal(torch.cat([p.up for p in pieces]), up)
         assert all(torch.equal(p.down, down) and p.scale == (alpha or rank) / rank for p in pieces)
     assert not lora
-    merge_lora(merged, read_lora(tensors, merged))
+    merge_lora(merged, read_lora(tensors, merged, MMDIT))
     assert (with_adapter - velocity(net, path)).abs().max() > 0.01  # the adapter does something
     torch.testing.assert_close(velocity(merged, path), with_adapter, atol=1e-4, rtol=0)
 
@@ -151,8 +156,8 @@ def test_written_file_is_the_adapter(path, save, alpha, targets, tmp_path):
 @pytest.mark.parametrize("path", EXPECTED)
 def test_two_adapters_on_one_base(path):
     net, tensors = base(path), read_golden(path)[0]
-    add_lora(net, "generator", rank=4)
-    add_lora(net, "fake", rank=2, alpha=1, targets=("proj", "fc1"), seed=1)
+    add_lora(net, MMDIT, "generator", rank=4)
+    add_lora(net, MMDIT, "fake", rank=2, alpha=1, targets=("proj", "fc1"), seed=1)
     before = velocity(net, path, "fake")
     train(net, "generator")
     assert torch.equal(velocity(net, path, "fake"), before)
@@ -165,7 +170,7 @@ def test_two_adapters_on_one_base(path):
         assert up.grad.any() and not down.grad.any()  # up = 0 hides down at the first step
     assert all(p.grad is None for name, p in net.named_parameters() if "lora_" not in name)
     with pytest.raises(ValueError, match="already"):
-        add_lora(net, "fake", rank=2)
+        add_lora(net, MMDIT, "fake", rank=2)
     with pytest.raises(KeyError, match="teacher"):
         velocity(net, path, "teacher")
     with pytest.raises(ValueError, match="no adapter called teacher"):
@@ -174,7 +179,7 @@ def test_two_adapters_on_one_base(path):
 
 def test_float32_adapter_on_bf16_base():
     net = nn.ModuleDict({"qkv": nn.Linear(16, 48, dtype=torch.bfloat16)})
-    add_lora(net, "generator", rank=2, targets=("qkv",))
+    add_lora(net, MMDIT, "generator", rank=2, targets=("qkv",))
     assert {p.dtype for p in lora_parameters(net, "generator")} == {torch.float32}
     y = net["qkv"](torch.randn(3, 16, dtype=torch.bfloat16), "generator")
     assert y.dtype == torch.bfloat16
@@ -183,7 +188,7 @@ def test_float32_adapter_on_bf16_base():
 def test_adapter_on_meta_gets_the_same_values():
     def build(device):
         net = nn.Sequential(nn.ModuleDict({"qkv": nn.Linear(16, 48), "proj": nn.Linear(16, 16)})).to(device)
-        add_lora(net, "generator", rank=2)
+        add_lora(net, MMDIT, "generator", rank=2)
         return net
 
     net = build("meta")
@@ -198,7 +203,7 @@ def test_adapter_on_meta_gets_the_same_values():
     (("qkv", "nowhere"), 4, "nowhere"), ((), 4, "nothing"), (("qkv",), 0, "rank 0")])
 def test_bad_adapter(targets, rank, words):
     with pytest.raises(InputError, match=words):
-        add_lora(nn.ModuleDict({"qkv": nn.Linear(4, 12)}), "generator", rank, targets=targets)
+        add_lora(nn.ModuleDict({"qkv": nn.Linear(4, 12)}), MMDIT, "generator", rank, targets=targets)
 
 
 # ---- merging
@@ -207,7 +212,7 @@ def test_bad_adapter(targets, rank, words):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merge_rounds_once_and_in_place(path, dtype):
     net, exact = base(path, dtype), base(path, dtype).float()
-    lora = read_lora(open_tensors(file(path, "diffusers")), net)
+    lora = read_lora(open_tensors(file(path, "diffusers")), net, MMDIT)
     weights = dict(net.state_dict())
     places = {name: w.data_ptr() for name, w in weights.items()}
     merge_lora(weights, lora, 0.7)
@@ -222,7 +227,7 @@ def sharded_worker(rank, world, path, rendezvous):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     whole, net = base(path, torch.bfloat16), base(path, torch.bfloat16)
     for n in (whole, net):
-        add_lora(n, "generator", rank=3)  # rows that cannot be divided evenly among two processes
+        add_lora(n, MMDIT, "generator", rank=3)  # rows that cannot be divided evenly among two processes
         train(n, "generator")
     up = [up for _, up in lora_state(whole, "generator").values()]
     for block in net.blocks():
@@ -238,7 +243,7 @@ def sharded_worker(rank, world, path, rendezvous):
         assert grad.dtype == torch.float32
         # bf16 activations: directions agree, digits do not.
         assert torch.cosine_similarity(grad.flatten(), p.grad.flatten(), dim=0) > 0.99
-    lora = read_lora(open_tensors(file(path, "kohya")), whole)
+    lora = read_lora(open_tensors(file(path, "kohya")), whole, MMDIT)
     for n in (net, whole):
         merge_lora(n, lora)
         init_lora(n, "generator", seed=5)
@@ -253,8 +258,8 @@ def test_sharded(tmp_path):
     path = EXPECTED[0]
     mp.spawn(sharded_worker, (2, path, tmp_path / "rendezvous"), nprocs=2)
     net = base(path)
-    add_lora(net, "generator", rank=3, seed=5)
-    lora = read_lora(open_tensors(tmp_path / "lora.safetensors"), net)
+    add_lora(net, MMDIT, "generator", rank=3, seed=5)
+    lora = read_lora(open_tensors(tmp_path / "lora.safetensors"), net, MMDIT)
     for module, (down, _) in lora_state(net, "generator").items():
         assert torch.equal(lora[module + ".weight"][0].down, down)
 
@@ -275,7 +280,7 @@ def respell(tensors, module, down="lora_A", up="lora_B"):
 def test_diffusers_spellings(path, tmp_path):
     tensors, _ = read_golden(file(path, "diffusers"))
     net = base(path)
-    expected = read_lora(open_tensors(file(path, "diffusers")), net)
+    expected = read_lora(open_tensors(file(path, "diffusers")), net, MMDIT)
     for number, spelled in enumerate([
         respell(tensors, lambda m: m),
         respell(tensors, lambda m: "base_model.model." + m),
@@ -286,7 +291,7 @@ def test_diffusers_spellings(path, tmp_path):
         respell(tensors, lambda m: "lycoris_" + m.replace(".", "_")),
     ]):
         assert spelled.keys() != tensors.keys()
-        assert equal(read_lora(write(tmp_path / f"{number}.safetensors", spelled), net), expected), number
+        assert equal(read_lora(write(tmp_path / f"{number}.safetensors", spelled), net, MMDIT), expected), number
 
 
 @pytest.mark.parametrize("path", EXPECTED)
@@ -295,16 +300,16 @@ def test_original_spellings(path, tmp_path):
     net = base(path)
     dotted = {name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight")
               for name, _ in net.named_parameters()}
-    expected = read_lora(open_tensors(file(path, "kohya")), net)
+    expected = read_lora(open_tensors(file(path, "kohya")), net, MMDIT)
     for number, spelled in enumerate([
         respell(tensors, lambda m: "diffusion_model." + dotted[m]),
         respell(tensors, lambda m: "diffusion_model." + dotted[m], "lora_down", "lora_up"),
         respell(tensors, lambda m: "model.diffusion_model." + dotted[m], "lora_down", "lora_up"),
         respell(tensors, lambda m: dotted[m]),
     ]):
-        assert equal(read_lora(write(tmp_path / f"{number}.safetensors", spelled), net), expected), number
+        assert equal(read_lora(write(tmp_path / f"{number}.safetensors", spelled), net, MMDIT), expected), number
     torch.save(tensors, tmp_path / "lora.pt")
-    assert equal(read_lora(open_tensors(tmp_path / "lora.pt"), net), expected)
+    assert equal(read_lora(open_tensors(tmp_path / "lora.pt"), net, MMDIT), expected)
 
 
 def test_kohya_split_qkv(tmp_path):
@@ -316,7 +321,7 @@ def test_kohya_split_qkv(tmp_path):
     tensors = write(tmp_path / "lora.safetensors", {
         f"{key}.lora_down.weight": downs.flatten(0, 1), f"{key}.lora_up.weight": torch.block_diag(*ups),
         f"{key}.alpha": torch.tensor(6.0)})
-    merge_lora(net, read_lora(tensors, net))
+    merge_lora(net, read_lora(tensors, net, MMDIT))
     change = net.joint_blocks[0].x_block.attn.qkv.weight - weight
     # atol: float32 sums of rank products of size 1.
     torch.testing.assert_close(change, 6.0 / (3 * rank) * (ups @ downs).flatten(0, 1), atol=1e-5, rtol=0)
@@ -339,7 +344,7 @@ def test_alpha_of_metadata(prefix, config, q_scale, rest_scale, tmp_path):
     tensors = {f"{prefix}{m}.{name}.lora_{side}.weight": torch.ones((4, width) if side == "A" else (width, 4))
                for name in ("to_q", "to_k") for side in "AB"}
     metadata = json.dumps({prefix + key: value for key, value in config.items()})
-    lora = read_lora(write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=metadata), net)
+    lora = read_lora(write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=metadata), net, MMDIT)
     q, k = sorted(lora["joint_blocks.0.x_block.attn.qkv.weight"], key=lambda p: p.start)
     assert (q.scale, k.scale) == (q_scale, rest_scale)
 
@@ -347,11 +352,11 @@ def test_alpha_of_metadata(prefix, config, q_scale, rest_scale, tmp_path):
     peft = {key.removeprefix("transformer."): value for key, value in tensors.items()}
     peft = {"base_model.model." + key: value for key, value in peft.items()}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    q, k = sorted(read_lora(write(tmp_path / "adapter_model.safetensors", peft), net).popitem()[1],
+    q, k = sorted(read_lora(write(tmp_path / "adapter_model.safetensors", peft), net, MMDIT).popitem()[1],
                   key=lambda p: p.start)
     assert (q.scale, k.scale) == (q_scale, rest_scale)
     peft[f"base_model.model.{m}.to_q.alpha"] = torch.tensor(1.0)
-    q, k = sorted(read_lora(write(tmp_path / "adapter_model.safetensors", peft), net).popitem()[1],
+    q, k = sorted(read_lora(write(tmp_path / "adapter_model.safetensors", peft), net, MMDIT).popitem()[1],
                   key=lambda p: p.start)
     assert (q.scale, k.scale) == (0.25, rest_scale)
 
@@ -362,17 +367,17 @@ def test_text_encoder_parts_are_announced(tmp_path):
     path = EXPECTED[0]
     tensors, _ = read_golden(file(path, "kohya"))
     net = base(path)
-    expected = read_lora(open_tensors(file(path, "kohya")), net)
+    expected = read_lora(open_tensors(file(path, "kohya")), net, MMDIT)
     text = {name: torch.zeros(1, 1) for name in (
         "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "lora_te3_encoder.hada_w1_a",
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
         "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
         "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight")}
     with pytest.warns(UserWarning, match=f"{len(text)} text-encoder tensors are not applied") as warned:
-        assert equal(read_lora(write(tmp_path / "lora.safetensors", tensors | text), net), expected)
+        assert equal(read_lora(write(tmp_path / "lora.safetensors", tensors | text), net, MMDIT), expected)
     assert len([w for w in warned if w.category is UserWarning]) == 1
     with pytest.raises(InputError, match="lora_te1"):
-        read_lora(write(tmp_path / "text.safetensors", text), net)
+        read_lora(write(tmp_path / "text.safetensors", text), net, MMDIT)
 
 
 REFUSED = {
@@ -397,7 +402,7 @@ REFUSED = {
 def test_refused(key, tmp_path):
     net = base(EXPECTED[0])
     with pytest.raises(InputError, match=REFUSED[key]) as error:
-        read_lora(write(tmp_path / "lora.safetensors", {key: torch.zeros(2, 2)}), net)
+        read_lora(write(tmp_path / "lora.safetensors", {key: torch.zeros(2, 2)}), net, MMDIT)
     assert "lora.safetensors" in str(error.value) and "\n" not in str(error.value)
     assert key in str(error.value) or REFUSED[key] == "together" and "context_embedder" in str(error.value)
 
@@ -405,7 +410,7 @@ def test_refused(key, tmp_path):
 def test_first_few_unknown_keys_are_named(tmp_path):
     tensors = {f"flux.{i}.lora_A.weight": torch.zeros(2, 2) for i in range(9)}
     with pytest.raises(InputError, match=r"flux\.0\S+, flux\.1\S+, flux\.2\S+ \.\.\.$"):
-        read_lora(write(tmp_path / "lora.safetensors", tensors), base(EXPECTED[0]))
+        read_lora(write(tmp_path / "lora.safetensors", tensors), base(EXPECTED[0]), MMDIT)
 
 
 @pytest.mark.parametrize("change", ["down", "up", "rank", "zero rank", "scalar"])
@@ -418,7 +423,7 @@ def test_wrong_shape_is_refused(change, tmp_path):
     key = "diffusion_model.context_embedder.lora_"
     torch.save({key + "A.weight": down, key + "B.weight": up}, tmp_path / "lora.pt")
     with pytest.raises(InputError, match=r"do not fit context_embedder\.weight"):
-        read_lora(open_tensors(tmp_path / "lora.pt"), net)
+        read_lora(open_tensors(tmp_path / "lora.pt"), net, MMDIT)
 
 
 def test_weight_given_twice_is_refused(tmp_path):
@@ -431,4 +436,4 @@ def test_weight_given_twice_is_refused(tmp_path):
         (fused, "under two names: "),
     ]):
         with pytest.raises(InputError, match=words):
-            read_lora(write(tmp_path / f"{number}.safetensors", tensors | again), base(path))
+            read_lora(write(tmp_path / f"{number}.safetensors", tensors | again), base(path), MMDIT)

@@ -11,7 +11,7 @@ from PIL import Image
 from models.checkpoint import InputError, save_safetensors
 from models.eval.lpips import GROUPS, LPIPS, diversity, load_lpips, resized
 
-TOLERANCE = 1e-6  # float32 sums over up to 512 x 512 pixels
+TOLERANCE = 1e-4  # as for every network in float32; distances in another range are 1e-2 away
 
 
 @pytest.fixture(scope="module", params=golden("lpips_small*.safetensors"), ids=lambda path: path.stem)
@@ -69,7 +69,7 @@ def test_equals_the_original(case, net, width):
                         (lpips(images[first], images[second]), "m1p1"),
                         (lpips(half[first], half[second]), "raw01_unnormalised")):
         torch.testing.assert_close(found, expected[name], atol=TOLERANCE, rtol=0)
-    assert (expected["m1p1"] - expected["raw01_unnormalised"]).abs().max() > 100 * TOLERANCE
+    assert (expected["m1p1"] - expected["raw01_unnormalised"]).abs().max() > 20 * TOLERANCE
 
 
 def test_piq_is_vgg_and_its_average_pooling_another_network(case):
@@ -78,7 +78,7 @@ def test_piq_is_vgg_and_its_average_pooling_another_network(case):
     for net, name in (("vgg", "piq"), ("vgg-avgpool", "piq_avgpool")):
         scores = build(net, own)(images[first], images[second])
         torch.testing.assert_close(scores, tensors[f"out.vgg.{name}"], atol=TOLERANCE, rtol=0)
-    assert (tensors["out.vgg.piq"] - tensors["out.vgg.piq_avgpool"]).abs().max() > 100 * TOLERANCE
+    assert (tensors["out.vgg.piq"] - tensors["out.vgg.piq_avgpool"]).abs().max() > 20 * TOLERANCE
 
 
 @pytest.mark.parametrize("net, name", [("alex", "normalised"), ("vgg", "normalised"), ("vgg", "piq"),

@@ -141,7 +141,7 @@ def test_evaluate_takes_uint8():
     prompts = ["a small red circle on white moving left"] * 8 + ["a large green cross moving down"] * 8
     clips = clips_of(prompts)
     a, b = (moving.evaluate(x, prompts) for x in (clips, ((clips + 1) * 127.5).round().byte()))
-    assert a.pop("frechet") == pytest.approx(b.pop("frechet"), abs=1e-3)  # rounding to 8 bits
+    assert a.pop("frechet") == pytest.approx(b.pop("frechet"), abs=5e-3)  # rounding to 8 bits
     assert a == b
 
 

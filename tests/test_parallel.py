@@ -26,11 +26,10 @@ CUTS = {"two": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1
         "all": ["--offload", "--micro-batch", 1, "--shard-ranks", 1]}
 ODES = ["--model", "tiny-sd3", "--steps", 2, "--dtype", "fp32", "--shard-size", 8, "--count", 28]
 
-# (run, cut): the runs of one launch of torchrun. `lora` is half `full`, half `fake-lora`.
-RUNS = [(mode, cut) for mode in ("full", "fake-lora")
-        for cut in ("two", "offload", "accumulation", "replicated")]
-RUNS += [("lora", "two"), ("lora", "all")]
-RUNS += [(script, cut) for script in ("adp", "dmd") for cut in ("two", "offload")]
+# (run, cut): the runs of one launch of torchrun. `lora` is half `full`, half `fake-lora`, and has all cuts at once.
+RUNS = [("full", cut) for cut in ("two", "offload", "accumulation")]
+RUNS += [("fake-lora", cut) for cut in ("two", "offload", "replicated")]
+RUNS += [("lora", "two"), ("lora", "all"), ("adp", "two"), ("adp", "offload"), ("dmd", "two")]
 
 
 def flags_of(name, pairs) -> tuple[str, list]:
@@ -73,7 +72,7 @@ def torchrun(folder, jobs) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of the runs NAME-one of one process, those of RUNS as NAME-CUT, and likewise of ODE pairs;
-    output.txt is what the ranks print."""
+    fake-lora-more is fake-lora-one, continued by two; output.txt is what the ranks print."""
     out = tmp_path_factory.mktemp("runs")
     call("collect_odes", ["--model", "tiny-sdxl", "--steps", 2, "--count", 8, "--out", out / "pairs"])
     call("collect_odes", [*ODES, "--batch", 4, "--out", out / "odes-one"])
@@ -85,8 +84,20 @@ def runs(tmp_path_factory):
         for cut in (cut for other, cut in RUNS if other == name):
             states = [1] if name in MODES and cut == "two" else []
             jobs.append((script, [*flags, *CUTS[cut], "--out", out / f"{name}-{cut}"], states))
+    script, flags = unfinished(out / "fake-lora-one", out / "fake-lora-more", "fake-lora", None)
+    jobs.append((script, flags, []))
     (out / "output.txt").write_text(torchrun(out, jobs))
     return out
+
+
+def unfinished(run, copy, name, pairs):
+    """(script, flags) to go on with a copy, left as a kill may leave it, of a run whose only state is that of
+    iteration 1."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("generator*", "samples"))
+    (copy / "state" / "iter_99999999.tmp").mkdir()  # in the middle of saving
+    (copy / "metrics.jsonl").open("a").write('{"global_iter": 3, "gen')
+    script, flags = flags_of(name, pairs)
+    return script, [*flags, "--resume", "--out", copy]
 
 
 def rows(out):
@@ -138,25 +149,20 @@ def test_two_ranks_collect_the_pairs_of_one(runs):
 
 # ---- continued ---------------------------------------------------------------------------------------------
 
-def go_on(run, copy, name, pairs):
-    """Continue a copy, left as a kill may leave it, of a run from its only state, that of iteration 1."""
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("generator*", "samples"))
-    (copy / "state" / "iter_99999999.tmp").mkdir()  # in the middle of saving
-    (copy / "metrics.jsonl").open("a").write('{"global_iter": 3, "gen')
-    script, flags = flags_of(name, pairs)
-    call(script, [*flags, "--resume", "--out", copy])
-
-
 @pytest.mark.parametrize("name", [*MODES, "adp", "dmd"])
 def test_a_resumed_run_is_uninterrupted_bit_for_bit(runs, tmp_path, name):
-    go_on(runs / f"{name}-one", tmp_path / "run", name, runs / "pairs")
+    call(*unfinished(runs / f"{name}-one", tmp_path / "run", name, runs / "pairs"))
     assert_same_run(tmp_path / "run", runs / f"{name}-one", exact=True)
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_saved_on_two_ranks_resumes_on_one(runs, tmp_path, name):
-    go_on(runs / f"{name}-two", tmp_path / "run", name, runs / "pairs")
+    call(*unfinished(runs / f"{name}-two", tmp_path / "run", name, runs / "pairs"))
     assert_same_run(tmp_path / "run", runs / f"{name}-one")
+
+
+def test_saved_on_one_rank_resumes_on_two(runs):
+    assert_same_run(runs / "fake-lora-more", runs / "fake-lora-one")
 
 
 # ---- signals -----------------------------------------------------------------------------------------------

@@ -59,13 +59,15 @@ def test_a_picture_for_every_prompt_and_a_grid(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [*names, "grid.png"]
     for i, (image, prompt) in enumerate(zip(images, ROW.sample_prompts, strict=True)):
         assert image.size == ROW.size[::-1] and image.mode == "RGB"
-        assert image.text == dict(prompt=prompt, seed="0", index=str(i), steps="1", cfg=f"{ROW.teacher_cfg:g}", model="tiny-sd3")
+        assert image.text == dict(prompt=prompt, seed="0", index=str(i), steps="1", cfg=f"{ROW.teacher_cfg:g}", model="tiny-sd3",
+                                  ckpt="tiny_sd3.safetensors", size="32x32")
 
 
 def test_text_chunks_tell_the_settings(tmp_path):
     prompt = "a ring, \u201cr\u00f3sa\u201d \u7ea2"
     image, = pictures(tmp_path, "--prompt", prompt, "--steps", 2, "--cfg", 1.5, "--seed", 7)
-    assert image.text == dict(prompt=prompt, seed="7", index="0", steps="2", cfg="1.5", model="tiny-sd3")
+    assert image.text == dict(prompt=prompt, seed="7", index="0", steps="2", cfg="1.5", model="tiny-sd3",
+                              ckpt="tiny_sd3.safetensors", size="32x32")
 
 
 def test_prompts_from_a_file_repeat_with_other_noise(tmp_path):
@@ -108,7 +110,7 @@ def settings(monkeypatch, tmp_path, *flags):
         return torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(sample.sampling, "generate", generate)
-        pictures(tmp_path / "settings", *flags)
+        pictures(tmp_path / f"settings{len(list(tmp_path.iterdir()))}", *flags)
     return seen
 
 
@@ -207,6 +209,32 @@ def test_text_encoders_beside_the_checkpoint(tmp_path, monkeypatch):
     assert difference([Image.open(tmp_path / "out" / "grid.png")], [Image.open(out / "samples" / "00000001.png")]) <= 1
 
 
+# ---- one folder, one generator -------------------------------------------------------------------------------------
+
+def test_a_folder_with_samples_of_other_settings_is_refused(tmp_path, full):
+    """A shorter run would leave the end of a longer one, which evaluate.py could not tell apart."""
+    pictures(tmp_path, "--ckpt", full, "--count", 6)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    cases = {f"seed 0 (now 1), steps {N} (now 1), cfg 1 (now {ROW.teacher_cfg:g}), ckpt run (now tiny_sd3.safetensors)":
+             ["--seed", 1, "--steps", 1, "--count", 2],
+             "seed 0 (now 1)": ["--ckpt", full, "--seed", 1, "--count", 2],
+             "size 32x32 (now 16x16)": ["--ckpt", full, "--size", 16, 16],
+             f"prompt {ROW.sample_prompts[0]} (now a ring)": ["--ckpt", full, "--prompt", "a ring"]}
+    for differences, flags in cases.items():
+        with pytest.raises(InputError) as caught:
+            pictures(tmp_path, *flags)
+        assert str(caught.value) == (f"{tmp_path}: 000.png is of other settings: {differences}; "
+                                     "expected another --out, or this one emptied")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_same_settings_again_shorter_or_longer(tmp_path):
+    (tmp_path / "holiday.png").write_bytes(b"whatever is not named as sample.py does is left alone")
+    for count in (3, 2, 4):
+        images = pictures(tmp_path, "--steps", 1, "--count", count)
+    assert len(images) == 4 and {image.text["prompt"] for image in images} == set(ROW.sample_prompts[:4])
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
@@ -214,6 +242,7 @@ def test_text_encoders_beside_the_checkpoint(tmp_path, monkeypatch):
     (["--size", 72, 32], "--size 72 32"), (["--size", 0, 32], "--size 0 32"),
     (["--steps", 0], "--steps 0: expected at least 1"), (["--count", -1], "--count -1"), (["--batch", 0], "--batch 0"),
     (["--ckpt", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--ckpt", "runs/nowhere"], "runs/nowhere: no such file or folder; expected a checkpoint or a run folder"),
     (["--lora", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["--lora", ROW.ckpt], f"{ROW.ckpt}: expected LoRA keys"),
     (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -223,6 +252,14 @@ def test_refused_in_words(tmp_path, flags, words):
         pictures(tmp_path / "out", *flags)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_model_than_the_export_says(tmp_path, full, adapter):
+    for flags, file in ((["--ckpt", full], full / "generator.safetensors"),
+                        (["--lora", adapter / "generator_lora.safetensors"], adapter / "generator_lora.safetensors")):
+        with pytest.raises(InputError) as caught:
+            pictures(tmp_path / "out", *flags, "--model", "tiny-sdxl")
+        assert str(caught.value) == f"--model tiny-sdxl: {file} was trained for tiny-sd3; expected that one or no --model"
 
 
 def test_folders_that_are_no_finished_run(tmp_path, full):

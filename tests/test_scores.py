@@ -18,33 +18,36 @@ from conftest import ROOT, golden, read_golden
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
+from test_pictures import odd_pictures
 from torch import nn
 
 from models.eval import scores
 from models.checkpoint import InputError, Tensors, open_tensors
-from models.eval.mps import CONDITION, mps_score, open_module, selected
-from models.eval.scores import (
-    BACKBONES,
-    clean,
+from models.eval.clip import (
     clip_model,
-    clip_pixels,
-    dmd2_pixels,
-    hps_pixels,
     image_tokens,
     image_vector,
-    insert_prefix,
     load_clip,
-    load_mps,
-    load_scorer,
-    load_tokenizer,
     open_clip_shapes,
     text_tokens,
     text_vector,
+)
+from models.eval.mps import CONDITION, cross_model, load_mps, mps_score, open_module, selected
+from models.eval.scores import (
+    BACKBONES,
+    clean,
+    clip_pixels,
+    dmd2_pixels,
+    hps_pixels,
+    insert_prefix,
+    load_scorer,
+    load_tokenizer,
     token_ids,
 )
-from models.text import at_end
+from models.pictures import read_picture
+from models.text_encoders import at_end
 
-PIXELS = 1e-6  # the originals' pixels are met exactly; this is one rounding of float32
+PIXELS = 1e-4  # HPSv2 resizes in float32, 4e-6 apart between CPUs; a level of 255 is 1.4e-2
 
 
 def picture(pixels):
@@ -63,7 +66,6 @@ CASES = {  # golden files and names of the pixels in them
     "hf": (hf_pixels, {"clip_preproc*": "out.hf.", "pickscore_*": "out.pixels.", "mps_*": "out.pixels."}),
     "dmd2": (dmd2_pixels, {"clipscore_*": "out.dmd2.pixels."}),
     "hpsv2": (hps_pixels, {"hpsv2_*": "out.aa.pixels."}),
-    "hpsv2 without antialias": (partial(hps_pixels, antialias=False), {"hpsv2_*": "out.noaa.pixels."}),
 }
 
 
@@ -96,6 +98,15 @@ def test_transparency_is_dropped_as_in_the_originals():
     near(first, clip_pixels(image.convert("RGB"), 4), 0)
     assert (first - after).abs().max() > 0.1  # Pillow weighs colours by their opacity when it resizes
     assert hps_pixels(image, 4).shape == (3, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_every_kind_of_picture_has_pixels(tmp_path):
+    """Palette, CMYK, one bit, grey with alpha: what `read_picture` lets through, every preprocessing takes."""
+    for name in odd_pictures(tmp_path)[0]:
+        for preprocess in (clip_pixels, hf_pixels, dmd2_pixels, partial(hps_pixels, size=16)):
+            x = preprocess(read_picture(tmp_path / name))
+            assert x.shape in ((3, 224, 224), (3, 16, 16)) and x.isfinite().all(), name
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------
@@ -219,13 +230,11 @@ def test_hpsv2_golden(path, tmp_path):
     file, g, meta = checkpoint(tmp_path, path)
     net = load_clip(open_tensors(file), "gelu")
     text = text_vector(net, torch.cat([g[f"in.tokens.{column}"] for column in meta["score_cols"]]))
-    near(text, g["out.text_features"], 1e-5)
-    for variant in meta["variants"]:
-        image = image_vector(net, pixels_of(g, meta, partial(hps_pixels, antialias=variant == "aa")))
-        features = {row: g[f"out.{variant}.image_features"][i] for i, row in enumerate(meta["score_rows"])}
-        near(image, torch.stack([features[row] for row in names_of(g, meta)[0]]), 1e-5)
-        # tanh-gelu would be off by 6e-5
-        near(unit(image) @ unit(text).T, table(g, meta, f"out.{variant}.score"), 2e-6)
+    near(text, g["out.text_features"], 1e-4)  # tanh-gelu would be off by 1e-3
+    image = image_vector(net, pixels_of(g, meta, hps_pixels))
+    features = {row: g["out.aa.image_features"][i] for i, row in enumerate(meta["score_rows"])}
+    near(image, torch.stack([features[row] for row in names_of(g, meta)[0]]), 1e-4)
+    near(unit(image) @ unit(text).T, table(g, meta, "out.aa.score"), 1e-4)
 
 
 @torch.no_grad()
@@ -236,9 +245,10 @@ def test_pickscore_golden(path, tmp_path):
     rows, columns = names_of(g, meta)
     image = unit(image_vector(net, pixels_of(g, meta, hf_pixels)))
     text = unit(torch.cat([text_vector(net, g[f"in.tokens.{column}"]) for column in columns]))
-    near(image, torch.stack([g[f"out.image_embeds.{row}"] for row in rows]), 2e-6)
-    near(text, torch.stack([g[f"out.text_embeds.{column}"] for column in columns]), 2e-6)
-    near(net.logit_scale.exp() * image @ text.T, table(g, meta, "out.score"), 2e-4)  # of a scale of 100
+    near(image, torch.stack([g[f"out.image_embeds.{row}"] for row in rows]), 1e-4)
+    near(text, torch.stack([g[f"out.text_embeds.{column}"] for column in columns]), 1e-4)
+    # A scale of 100; tanh-gelu would be off by 8e-3.
+    near(net.logit_scale.exp() * image @ text.T, table(g, meta, "out.score"), 5e-4)
 
 
 @torch.no_grad()
@@ -249,7 +259,7 @@ def test_clip_score_golden(path, tmp_path):
     for name, preprocess, tokens in (("plain", clip_pixels, "in"), ("dmd2", dmd2_pixels, "out.dmd2")):
         ids = torch.cat([g[f"{tokens}.tokens.{column}"] for column in meta["cols"]])
         cosines = unit(image_vector(net, pixels_of(g, meta, preprocess))) @ unit(text_vector(net, ids)).T
-        near(cosines, table(g, meta, f"out.{name}.score"), 2e-6)
+        near(cosines, table(g, meta, f"out.{name}.score"), 1e-4)
 
 
 @torch.no_grad()
@@ -261,27 +271,27 @@ def test_mps_golden(path, tmp_path):
     rows, columns = names_of(g, meta)
     image = image_tokens(clip, pixels_of(g, meta, hf_pixels))
     condition = text_tokens(clip, g["in.condition"])[0]
-    near(condition, g["out.condition_tokens"], 1e-5)
+    near(condition, g["out.condition_tokens"], 1e-4)  # tanh-gelu: 4e-4
     ids = torch.cat([g[f"in.tokens.{column}"] for column in columns])
     text = text_tokens(clip, ids)  # B L P
     vectors, words = at_end(text, ids), selected(text, condition, meta["threshold"])
-    near(vectors, g["out.text_eos"], 1e-5)
+    near(vectors, g["out.text_eos"], 1e-4)
     for i, column in enumerate(columns):
         if f"out.text_tokens.{column}" in g:
-            near(text[i], g[f"out.text_tokens.{column}"], 1e-5)
+            near(text[i], g[f"out.text_tokens.{column}"], 1e-4)
         assert words[i].tolist() == g[f"out.mask.{column}"].tolist()
     for i, row in enumerate(rows):
-        near(image[i], g[f"out.image_tokens.{row}"], 2e-4)  # of sizes up to 100
+        near(image[i], g[f"out.image_tokens.{row}"], 5e-4)  # of sizes up to 100; tanh-gelu: 4e-3
     expected = torch.stack([g[f"out.cross.{row}"] for row in rows])  # of one of the prompts
     outputs = [cross(image, *(x[i:i + 1].expand(len(rows), *x.shape[1:]) for x in (text, words)))
                for i in range(len(ids))]
-    near(min(outputs, key=lambda out: (out - expected).abs().max()), expected, 2e-4)
+    near(min(outputs, key=lambda out: (out - expected).abs().max()), expected, 5e-4)
     for name, threshold in (("out.score", meta["threshold"]),
                             ("out.score_forward_thr0.01", meta["threshold_module_forward"])):
         for tokens, scored in zip(image, table(g, meta, name)):  # an image with all prompts in one batch
             batch = mps_score(cross, tokens[None].expand(len(ids), -1, -1), text, vectors, condition,
                               clip.logit_scale, threshold)
-            near(batch, scored, 2e-4)
+            near(batch, scored, 5e-4)
 
 
 # ---- full size ---------------------------------------------------------------------------------------------
@@ -305,7 +315,7 @@ def test_full_size_hpsv2_is_the_manifest():
 def test_full_size_mps_is_the_manifest():
     for shapes, tensors in published("mps_overall*.keys.json"):
         clip = clip_model(tensors.group("model."), "gelu")
-        cross = scores.cross_model(tensors.group("cross_model."))
+        cross = cross_model(tensors.group("cross_model."))
         own = {f"{part}.{name}": tuple(p.shape) for part, net in (("model", clip), ("cross_model", cross))
                for name, p in net.state_dict().items()}
         assert own == {name: shape for name, shape in shapes.items() if not name.endswith("position_ids")}
@@ -347,8 +357,8 @@ class GoldenTokenizer:
     def __init__(self, rows: dict[str, list[int]], pad_token_id: int):
         self.rows, self.pad_token_id = rows, pad_token_id
 
-    def __len__(self):
-        return 1
+    def get_vocab(self):
+        return {"a": 0}
 
     def __call__(self, text, **options):
         one = isinstance(text, str)
@@ -366,11 +376,11 @@ SCORERS = [
     ("clip", "clipscore_*", dict(backbone="ViT-B-32", pipeline="dmd2"), "out.dmd2.score", 100),
     ("pickscore", "pickscore_*", {}, "out.score", 1),
     ("hpsv2", "hpsv2_*", {}, "out.aa.score", 100),
-    ("hpsv2", "hpsv2_*", dict(version="v2.1", antialias=False), "out.noaa.score", 100),
+    ("hpsv2", "hpsv2_*", dict(version="v2.1"), "out.aa.score", 100),
     ("mps", "mps_*", {}, "out.score", 1),
     ("mps", "mps_*", dict(threshold=0.01), "out.score_forward_thr0.01", 1),
 ]
-VARIANTS = ["ViT-B-32 clip, plain", "ViT-B-32 clip, dmd2", "PickScore_v1", "v2.0", "v2.1, no antialias",
+VARIANTS = ["ViT-B-32 clip, plain", "ViT-B-32 clip, dmd2", "PickScore_v1", "v2.0 assumed", "v2.1",
             "overall, threshold 0.3", "overall, threshold 0.01"]
 
 
@@ -400,7 +410,7 @@ def test_scorer_prints_the_originals_score(case, variant, tmp_path, monkeypatch)
     pairs = [(row, column) for row in rows for column in columns]  # each image with each prompt, in one batch
     found = scorer([picture(g[f"in.image.{row}"]) for row, _ in pairs], [column for _, column in pairs])
     assert found.dtype == torch.float32 and found.device.type == "cpu"
-    near(found, unit * table(g, meta["golden"], name).flatten(), 2e-4)  # of values up to 100
+    near(found, unit * table(g, meta["golden"], name).flatten(), 1e-3)  # of values up to 100; tanh-gelu: 6e-3
 
 
 @pytest.mark.parametrize("case", [SCORERS[2], SCORERS[-1]], ids=["pickscore", "mps"])
@@ -412,15 +422,6 @@ def test_batch_leaves_the_score(case, tmp_path):
     both = scorer(images, prompts)
     near(both, torch.cat([scorer([image], [prompt]) for image, prompt in zip(images, prompts)]), 1e-4)
     assert both[0] != both[1]
-
-
-def test_half_precision_is_near_and_named(tmp_path):
-    exact, g, meta = scorer_of("hpsv2", "hpsv2_*", tmp_path)
-    half, *_ = scorer_of("hpsv2", "hpsv2_*", tmp_path, dtype=torch.bfloat16)
-    assert half.describe == "v2.0, bfloat16"
-    image = picture(g[f"in.image.{names_of(g, meta)[0][0]}"])
-    # 8 bits turn each of three layers' outputs by about 2 ** -8, a cosine by some 0.4 of the printed 100
-    assert 0 < (half([image], ["a red fox"]) - exact([image], ["a red fox"])).abs() < 4
 
 
 def test_prompts_are_cleaned_as_the_original_does(tmp_path):
@@ -465,7 +466,7 @@ def test_config_beside_the_weights_that_does_not_fit(tmp_path):
 
 
 def test_missing_files_name_source_and_flag(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="MPS_overall_checkpoint.pth: .*--ckpt PATH.*drive.google.com"):
+    with pytest.raises(InputError, match="MPS_overall_checkpoint.pth: .*--mps-ckpt PATH.*drive.google.com"):
         load_scorer("mps")
     with pytest.raises(InputError, match="nowhere: no such .* expected HPS_v2_compressed.pt, as in xswu"):
         load_scorer("hpsv2", "nowhere")
@@ -478,7 +479,7 @@ def test_missing_files_name_source_and_flag(tmp_path, monkeypatch):
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(InputError, match="PickScore_v1: no such file in .*; --ckpt PATH takes a local copy"):
+    with pytest.raises(InputError, match="PickScore_v1: no such file in .*; --pickscore-ckpt PATH takes a local copy"):
         load_scorer("pickscore")
     assert asked == [("yuvalkirstain/PickScore_v1", f) for f in ("model.safetensors", "pytorch_model.bin")]
     repo = "openai/clip-vit-large-patch14"
@@ -489,15 +490,32 @@ def test_missing_files_name_source_and_flag(tmp_path, monkeypatch):
 
 
 def test_another_network_than_the_flag_says(tmp_path):
-    file = tmp_path / "HPS_v2.1_compressed.pt"
+    file = tmp_path / "copy" / "HPS_v2.1_compressed.pt"
+    file.parent.mkdir()
     file.touch()
-    with pytest.raises(InputError, match="another version; expected HPS_v2_compressed.pt for v2.0"):
-        load_scorer("hpsv2", file)
+    for path in (file, file.parent):
+        with pytest.raises(InputError, match="another version; expected HPS_v2_compressed.pt for v2.0"):
+            load_scorer("hpsv2", path)
     *_, (width, patch) = BACKBONES["ViT-B-32"]
     zeros = {name: torch.zeros(shape) for name, shape in open_clip_file(width, patch).items()}
     save_file(zeros, tmp_path / "clip.safetensors")
-    with pytest.raises(InputError, match="holds a ViT-B-32; expected ViT-L-14, another --backbone takes it"):
+    with pytest.raises(InputError, match="holds a ViT-B-32; expected ViT-L-14, another --clip-backbone takes it"):
         load_scorer("clip", tmp_path / "clip.safetensors", TOKENIZER, backbone="ViT-L-14")
+
+
+def test_hpsv2_says_what_it_assumes(tmp_path, capsys):
+    """Two versions of equal shapes: only the published file's name tells which one a file holds."""
+    (tmp_path / "clip").mkdir()
+    file, *_ = checkpoint(tmp_path / "clip", golden("hpsv2_*.safetensors")[0])
+    assert load_scorer("hpsv2", file, TOKENIZER).describe == "v2.0 assumed"
+    told = capsys.readouterr().err
+    assert told.startswith(f"{file}: HPS v2.0 assumed, as neither") and told.count("\n") == 1
+    published = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": {name: t for name, t in open_tensors(file).items()}}, published)
+    published.with_name("config.json").write_bytes(file.with_name("config.json").read_bytes())
+    for path, version in ((file, "v2.1"), (published, "v2.1"), (published.parent, "v2.1")):
+        assert load_scorer("hpsv2", path, TOKENIZER, version=version).describe == "v2.1"
+    assert capsys.readouterr().err == ""
 
 
 def test_images_that_cannot_be_scored(tmp_path):

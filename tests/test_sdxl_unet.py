@@ -43,7 +43,7 @@ def load(path):
 
 def near(value, expected):
     # The references differ from their own float64 runs by less than 1e-5; a wrong eps or GELU by over 3e-4.
-    torch.testing.assert_close(value, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
 
 
 @every_golden

@@ -16,7 +16,8 @@ from torch.multiprocessing import start_processes
 
 from models.checkpoint import InputError
 from models.cogvideox import CogVideoX
-from models.parallel import init_distributed, neighbours, sequence_parallel, shard
+from models.parallel import init_distributed, neighbours, shard
+from models.sequence import sequence_parallel
 
 WORLDS = [(2, 2), (3, 3), (4, 2)]  # processes, and how many of them share their samples
 # 6 heads divide among 2 and 3 ranks; 4 blocks, so that the tap at 2 stops before the end.
@@ -46,8 +47,8 @@ def input_gradient(net, x, t, context):
 
 
 def same(actual, expected, name):
-    # 1e-5: float32 sums of the same terms in another order.
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+    # 5e-5: float32 sums of the same terms in another order.
+    torch.testing.assert_close(actual, expected, atol=5e-5, rtol=5e-5, msg=lambda m: f"{name}: {m}")
 
 
 def rank(i, world, ranks, port):

@@ -18,14 +18,17 @@ import collect_odes
 import dmd
 import sample
 from models.job import networks
+from models.job.families import beside_cogvideox
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.cogvideox import CogVideoX
 from models.cogvideox import config_from_shapes as dit_config
 from models.cogvideox_vae import config_from_shapes as vae_config
-from models.data import film_strip, noise, open_pairs, save_grid, save_mp4
+from models.data import noise
+from models.shards import open_pairs
 from models.diffusion import Denoiser, generator_times, solve
 from models.job.flags import resolve_model
 from models.parallel import init_distributed
+from models.pictures import film_strip, save_grid, save_mp4
 from models.presets import PRESETS
 from models.job.sampling import generate
 
@@ -106,9 +109,19 @@ def test_original_release_is_the_same_network_and_its_parts_are_found_beside_it(
         nets.append(networks.load_network(args, ROW, mesh, device))
     for (name, p), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(p, other), name
-    assert networks.beside_denoiser(file, ROW, "text_ckpt") == tmp_path / "t5-v1_1-xxl"
+    assert beside_cogvideox(file, ROW, "text_ckpt") == tmp_path / "t5-v1_1-xxl"
     # What is not beside it is the preset's own.
-    assert networks.beside_denoiser(file, ROW, "vae_ckpt").parent == ROW.ckpt
+    assert beside_cogvideox(file, ROW, "vae_ckpt").parent == ROW.ckpt
+
+
+def test_a_file_that_is_no_autoencoder_is_named():
+    args = adm.parse_args(["--model", "tiny-cogvideox", "--vae-ckpt", str(ROW.ckpt / "transformer")])
+    resolve_model(args)
+    with pytest.raises(InputError) as caught:
+        networks.load_vae(args, ROW, torch.device("cpu"))
+    assert str(caught.value).startswith(
+        f"{ROW.ckpt / 'transformer' / 'diffusion_pytorch_model.safetensors'}: no CogVideoX VAE: expected "
+        "encoder.down_blocks.0.resnets.0.conv1.conv.weight, ..., found norm_final.bias, ")
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -155,7 +168,7 @@ def test_grid_of_videos_and_film_strip(tmp_path):
     (["--sequence-parallel", "4"], "4 does not divide the network's 6 attention heads; expected one of 1, 2, 3, 6"),
     (["--context-parallel", "2"], "--context-parallel 2: expected a divisor of --sequence-parallel 1"),
     (["--model", "tiny-sd3", "--frames", "9"], "tiny-sd3 makes images; expected no --frames"),
-    (["--model", "tiny-sd3", "--sequence-parallel", "2"], "expected 1 for images"),
+    (["--model", "tiny-sd3", "--sequence-parallel", "2"], "--sequence-parallel 2: not for tiny-sd3"),
 ])
 def test_what_does_not_fit_is_one_sentence(flags, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -18,9 +18,7 @@ from models.checkpoint import InputError, load, open_tensors
 SOURCES = ("i3d_torchscript.pt (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1) or i3d_"
            "pretrained_400.pt (https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt)")
 MIN_FRAMES = 10
-# How a video becomes 224 x 224. crop: short side, then the middle, as common_metrics_on_video_quality;
-# stretch: both sides, as cd-fvd; inside: by the TorchScript program, as StyleGAN-V.
-RESIZE = ("crop", "stretch", "inside")
+SIDE = 224  # pixels of what I3D sees
 # Channels of each Inception block: 1x1 | 1x1, 3x3 | 1x1, 3x3 | pool, 1x1.
 MIXED = {
     "3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64),
@@ -117,29 +115,30 @@ class I3D(nn.Module):
 
 # ---- features ----------------------------------------------------------------------------------------------
 
-def pixels(videos: Tensor, resize: str = "crop", size: int = 224) -> Tensor:
-    """uint8 (B F 3 H W) -> (B 3 F size size) in [-1, 1], bilinear without antialiasing."""
+def pixels(videos: Tensor, resize: str = "crop") -> Tensor:
+    """uint8 (B F 3 H W) -> (B 3 F 224 224) in [-1, 1], bilinear without antialiasing. `resize`: "crop" the
+    short side, then the middle, as common_metrics_on_video_quality; "stretch" both sides, as cd-fvd."""
     B, F, _, H, W = videos.shape
     x = rearrange(videos, "B F C H W -> (B F) C H W").float() / 255
-    scale = size / min(H, W)
-    target = (size, size) if resize == "stretch" else \
-        tuple(size if side == min(H, W) else math.ceil(side * scale) for side in (H, W))
+    scale = SIDE / min(H, W)
+    target = (SIDE, SIDE) if resize == "stretch" else \
+        tuple(SIDE if side == min(H, W) else math.ceil(side * scale) for side in (H, W))
     x = interpolate(x, target, mode="bilinear", align_corners=False)
-    top, left = ((side - size) // 2 for side in target)
-    x = x[:, :, top:top + size, left:left + size]
+    top, left = ((side - SIDE) // 2 for side in target)
+    x = x[:, :, top:top + SIDE, left:left + SIDE]
     return rearrange(2 * x - 1, "(B F) C H W -> B C F H W", B=B)
 
 
 def load_i3d(path: str | Path | None, resize: str = "crop", device="cpu") -> Callable[[Tensor], Tensor]:
-    """A function from videos uint8 (B F 3 H W) to logits (B 400), float32 on the CPU; `resize` of RESIZE.
-
-    A TorchScript file is a program, which the caller must trust. Raises InputError."""
+    """A function from videos uint8 (B F 3 H W) to logits (B 400), float32 on the CPU. `resize`: as in
+    `pixels`, or "inside" the TorchScript file, as StyleGAN-V. That file is a program, which the caller must
+    trust. Raises InputError."""
     if path is None:
         raise InputError(f"FVD needs {SOURCES}; pass the file as --i3d-ckpt FILE")
     script = is_script(Path(path))
     if resize == "inside" and not script:
         raise InputError(f"{path}: plain weights do not resize; expected i3d_torchscript.pt, or --fvd-resize "
-                         f"{' or '.join(RESIZE[:2])}")
+                         "crop or stretch")
     if script:
         try:
             net = torch.jit.load(path, map_location=device).eval()

@@ -6,13 +6,13 @@ of the channels are those of the lpips package, under its names. Images are (B 3
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from models.checkpoint import InputError, Tensors, load, open_tensors, some
+from models.pictures import rgb
 
 # Per network: the convolutions (index in torchvision's `features`, stride, padding) from tap to tap, the pool
 # (size, stride) between two such groups, and before which groups it stands.
@@ -21,7 +21,6 @@ GROUPS = {
     "vgg": ([[(i, 1, 1) for i in group]
              for group in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))], (2, 2), (1, 2, 3, 4)),
 }
-NETS = ("vgg", "alex", "vgg-avgpool")  # the last: piq's replace_pooling=True
 FILES = {  # name and public source
     "alex": (("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
              ("alex.pth", "https://github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1/alex.pth")),
@@ -70,8 +69,8 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(net: str = "vgg", files: list[Path] | None = None, device="cpu") -> LPIPS:
-    """`net` of NETS. `files`: torchvision's and lpips' file, or one with both, as the lpips package itself
-    saves its whole network. Raises InputError."""
+    """`net`: "vgg", "alex", or "vgg-avgpool", piq's replace_pooling=True. `files`: torchvision's and lpips'
+    file, or one with both, as the lpips package itself saves its whole network. Raises InputError."""
     trunk = net.removesuffix("-avgpool")
     if not files:
         two = " and ".join(f"{name} ({url})" for name, url in FILES[trunk])
@@ -82,14 +81,14 @@ def load_lpips(net: str = "vgg", files: list[Path] | None = None, device="cpu") 
     places = {}  # our name -> (file, its name)
     for part in tensors:
         for name in part:
-            own = plain(name)
-            if own.startswith("lin") or own.startswith("features.") and own.split(".")[1].isdigit():
-                places[own] = (part, name)
+            ours = plain(name)
+            if ours.startswith("lin") or ours.startswith("features.") and ours.split(".")[1].isdigit():
+                places[ours] = (part, name)
     expected = [f"features.{i}.{kind}" for i in convolutions for kind in ("weight", "bias")]
     expected += [f"lin{k}.model.1.weight" for k in range(5)]
     joined = Tensors(Path(" + ".join(str(part.path) for part in tensors)),
-                     {own: shapes[name] for own, (_, name) in places.items()},
-                     lambda own, rows: places[own][0].read(places[own][1], rows))
+                     {ours: shapes[name] for ours, (_, name) in places.items()},
+                     lambda ours, rows: places[ours][0].read(places[ours][1], rows))
     absent = [name for name in expected if name not in joined]
     if absent:
         raise InputError(f"{joined.path}: {len(absent)} tensors of {net}'s LPIPS are missing "
@@ -108,10 +107,9 @@ def plain(name: str) -> str:
     return f"lin{parts[1]}.{'.'.join(parts[2:])}" if parts[0] == "lins" else name
 
 
-def resized(image: Image.Image, size: int = 512) -> Tensor:
-    """A picture for `diversity`: RGB, size x size whatever its shape, LANCZOS, in [0, 1]: (3 size size)."""
-    pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+def resized(image: Image.Image) -> Tensor:
+    """A picture for `diversity`: RGB, 512 x 512 whatever its shape, LANCZOS, in [0, 1]: (3 512 512)."""
+    return rgb(image.convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)) / 255
 
 
 @torch.no_grad()

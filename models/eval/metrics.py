@@ -6,22 +6,20 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-import av
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.eval import moving_shapes, shapes
 from models.checkpoint import InputError, replacing, some
-from models.data import append_jsonl, lines_of, picture
+from models.data import append_jsonl, lines_of
+from models.pictures import PICTURES, VIDEOS, picture, read_text
 
-PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".mp4",)
-# The papers' own rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
+GENERATOR = ("model", "ckpt", "steps", "cfg")  # what sample.py notes that is one of a folder's samples
+# The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
 PAPER = {
     "sdxl": {
         "SDXL-Base, 50 NFE": dict(clip=35.0309, pickscore=22.2494, hpsv2=27.3743, mps=10.7042, lpips=0.6936),
@@ -70,25 +68,11 @@ def in_order(path: Path) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def read_text(path: Path) -> dict[str, str]:
-    """What `save_png` or `save_mp4` has noted in a file. Raises InputError for damaged files."""
-    try:
-        if path.suffix.lower() in VIDEOS:
-            with av.open(path) as file:
-                note = file.metadata.get("comment", "")
-            text = json.loads(note) if note.startswith("{") else {}
-        else:
-            with Image.open(path) as image:
-                text = image.info
-    except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a picture or video, or damaged ({error})") from error
-    return {key: value for key, value in text.items() if isinstance(value, str)}
-
-
 def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) -> list[Item]:
     """The pictures and videos in a folder, in the order of their names, without sample.py's grid. A prompt is
     what the file notes, else `prompts` in turn, else what a video is named after in VBench's way. Files that
-    cannot be opened go into `broken` with the reason. Raises InputError when there are none."""
+    cannot be opened go into `broken` with the reason. Raises InputError when there are none, and when they
+    note different generators."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of pictures or videos; `python sample.py --out {folder}` "
                          "makes it")
@@ -97,7 +81,7 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
     if not files:
         raise InputError(f"{folder}: no pictures or videos in this folder; expected "
                          f"{', '.join(PICTURES + VIDEOS)}")
-    items = []
+    items, noted = [], {}
     for i, path in enumerate(files):
         try:
             text = read_text(path)
@@ -106,22 +90,39 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
             continue
         named = re.fullmatch(r"(.+)-\d+", path.stem) if path.suffix.lower() in VIDEOS else None
         prompt = prompts[i % len(prompts)] if prompts else named[1] if named else None
-        if "workflow" not in text:  # ComfyUI, whose "prompt" is its graph
-            prompt = text.get("prompt", prompt)
+        if "workflow" in text:  # ComfyUI, whose "prompt" is its graph
+            text = {}
+        prompt = text.get("prompt", prompt)
+        for key in (key for key in GENERATOR if key in text):
+            first, value = noted.setdefault(key, (path.name, text[key]))
+            if text[key] != value:
+                raise InputError(f"{folder}: {first} notes {key} {value}, {path.name} {key} {text[key]}; "
+                                 "expected samples of one generator in a folder")
         items.append(Item(path, prompt, text.get("model")))
     return items
 
 
-def of_kind(folder: Path, items: list[Item], suffixes: tuple[str, ...], prompted: bool = True) -> list[Item]:
-    """The pictures or the videos among the items. Raises InputError when there are none, or no prompts."""
-    found = [item for item in items if item.path.suffix.lower() in suffixes]
-    if not found:
-        raise InputError(f"{folder}: none of {', '.join(suffixes)} in this folder that can be read")
-    bare = [item.path.name for item in found if item.prompt is None]
-    if prompted and bare:
-        raise InputError(f"{folder}: {len(bare)} of {len(found)} files note no prompt ({some(bare)}); "
-                         "--prompts FILE gives prompts in the order of the files' names")
-    return found
+@dataclass
+class Folder:
+    """One row of the table. `log`: scores.jsonl; `broken`: file -> why it is left out; `figures`: column ->
+    value."""
+    path: Path
+    log: Path
+    items: list[Item] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def of(self, suffixes: tuple[str, ...], prompted: bool = True) -> list[Item]:
+        """The pictures or the videos. Raises InputError when there are none, or no prompts."""
+        found = [item for item in self.items if item.path.suffix.lower() in suffixes]
+        if not found:
+            raise InputError(f"{self.path}: none of {', '.join(suffixes)} in this folder that can be read")
+        bare = [item.path.name for item in found if item.prompt is None]
+        if prompted and bare:
+            raise InputError(f"{self.path}: {len(bare)} of {len(found)} files note no prompt ({some(bare)}); "
+                             "--prompts FILE gives prompts in the order of the files' names")
+        return found
 
 
 def by_prompt(items: list[Item]) -> list[list[Item]]:
@@ -129,21 +130,6 @@ def by_prompt(items: list[Item]) -> list[list[Item]]:
     for item in items:
         groups.setdefault(item.prompt, []).append(item)
     return list(groups.values())
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Raises InputError for damaged files."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a picture, or damaged ({error})") from error
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """uint8 (3 H W)."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 # ---- scores, kept ------------------------------------------------------------------------------------------
@@ -168,15 +154,15 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
     return kept
 
 
-def score_items(log: Path, head: dict[str, str], groups: list[list[Item]], read: Callable[[Path], object],
-                compute: Callable[[list[list], list[str | None]], list], batch: int,
-                broken: dict[str, str]) -> list:
+def score_items(folder: Folder, head: dict[str, str], groups: list[list[Item]],
+                read: Callable[[Path], object], compute: Callable[[list[list], list[str | None]], list],
+                batch: int) -> list:
     """Scores of groups of items (a picture, a video, one prompt's pictures), None where there is none.
 
-    `compute` takes what `read` gives of `batch` groups, and their prompts. Each score is one line of `log`,
-    with `head` (metric, variant, weights) and the files' names, sizes and dates: what is there is not
-    computed again. What cannot be read or scored goes into `broken`."""
-    kept = kept_scores(log)
+    `compute` takes what `read` gives of `batch` groups, and their prompts. Each score is one line of
+    folder.log, with `head` (metric, variant, weights) and the files' names, sizes and dates: what is there is
+    not computed again. What cannot be read or scored goes into folder.broken."""
+    kept, broken = kept_scores(folder.log), folder.broken
     rows = [head | dict(prompt=group[0].prompt, files=[str(item.path.resolve()) for item in group],
                         sizes=[item.path.stat().st_size for item in group],
                         dates=[item.path.stat().st_mtime_ns for item in group]) for group in groups]
@@ -214,7 +200,7 @@ def score_items(log: Path, head: dict[str, str], groups: list[list[Item]], read:
                     continue
                 kept[keys[i]] = value
                 if len(loaded[i]) == len(groups[i]):  # else the next run tells again what is broken
-                    append_jsonl(log, rows[i] | dict(score=value))
+                    append_jsonl(folder.log, rows[i] | dict(score=value))
             bar.update(len(part))
     return [kept.get(key) for key in keys]
 
@@ -254,6 +240,13 @@ def table(rows: dict[str, dict[str, float]], variants: dict[str, str]) -> str:
 
 # ---- in memory ---------------------------------------------------------------------------------------------
 
+def procedural(name: str) -> ModuleType:
+    """What draws a tiny model's data and captions and reads its samples exactly. `name`: a preset's
+    `data`."""
+    from models.eval import moving_shapes, shapes  # which a full-size run never needs
+    return {"shapes": shapes, "moving_shapes": moving_shapes}[name]
+
+
 def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers: dict[str, Callable],
                  batch: int = 16) -> dict[str, float]:
     """Figures of images (B 3 H W) or videos (B F 3 H W), uint8: of "shapes" the exact evaluator's, of other
@@ -261,7 +254,7 @@ def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers
     figures = {}
     for metric in metrics:
         if metric == "shapes":
-            figures |= (moving_shapes if images.ndim == 5 else shapes).evaluate(images, prompts)
+            figures |= procedural("moving_shapes" if images.ndim == 5 else "shapes").evaluate(images, prompts)
             continue
         frames = images.flatten(0, -4)
         repeated = [prompt for prompt in prompts for _ in range(len(frames) // len(prompts))]

@@ -1,14 +1,13 @@
 """Captioned shapes that move, the procedural data of the tiny video model, and their exact evaluator.
 
-Every clip is one shape of models/eval/shapes.py on a plain background, 32 x 32, that moves 8 pixels left, right,
-up or down at constant speed: one pixel a frame in 9 frames. The attributes (shape, colour, background, size,
-direction) are uniform and independent; each size has one fixed radius, and the middle of the path is uniform
-on a 4-pixel grid, as far as the whole path stays inside. A caption names any subset of the five ("a red
-circle moving left", "a shape on white"), so the true distribution given a prompt is known exactly.
+Every clip is one shape of models/eval/shapes.py on a plain background, 32 x 32, that moves 8 pixels left,
+right, up or down at constant speed: one pixel a frame in 9 frames. The attributes (shape, colour, background,
+size, direction) are uniform and independent; each size has one fixed radius, and the middle of the path is
+uniform on a 4-pixel grid, as far as the whole path stays inside. A caption names any subset of the five ("a
+red circle moving left", "a shape on white"), so the true distribution given a prompt is known exactly.
 
 Letters: B clips, F frames, A = 6 attributes (the five and the quadrant of the path's middle), H W pixels.
 """
-import re
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -79,34 +78,17 @@ def captions() -> list[str]:
 
 def caption_index(named: Tensor) -> Tensor:
     """Positions in `captions()` of the captions that name these attributes (B 5): (B,)."""
-    index = torch.zeros(len(named), dtype=torch.long)
-    for a in range(5):
-        index = index * (COUNTS[a] + 1) + named[:, a] + 1
-    return index
+    return shapes.caption_index(named, ATTRIBUTES)
 
 
 def parse(prompts: list[str]) -> Tensor:
     """What each prompt names: (B 5), -1 where it leaves an attribute free."""
-    direction = torch.full((len(prompts), 1), -1)
-    for row, prompt in zip(direction, prompts):
-        words = re.findall("[a-z]+", prompt.lower())
-        row[0] = next((i for i, word in enumerate(DIRECTIONS) if word in words), -1)
-    return torch.cat([shapes.parse(prompts), direction], dim=1)
+    return shapes.parse(prompts, ATTRIBUTES)
 
 
-def evaluation_prompts(count: int, repeats: int = 32, seed: int = 1) -> list[str]:
-    """`count` prompts, each distinct one `repeats` times: the coverage of its free attributes can be counted.
-
-    They name 1, 2, 3, 4, 5 attributes in turn; the order is such that any leading part is balanced too. Of
-    each kind there are no more distinct ones than prompts that name one attribute."""
-    prompts, tries = [], iter(range(10 ** 6))
-    distinct = min(max(1, count // repeats), 5 * sum(COUNTS[:5]))
-    while len(prompts) < distinct:
-        u = uniform(seed, next(tries), "clip prompt", range(10))
-        kept = u[5:].argsort()[:len(prompts) % 5 + 1]
-        prompt = caption([int(u[a] * COUNTS[a]) if a in kept else -1 for a in range(5)])
-        prompts += [prompt] if prompt not in prompts else []
-    return [prompts[i % len(prompts)] for i in range(count)]
+def evaluation_prompts(count: int, repeats: int = 32) -> list[str]:
+    """As in models/eval/shapes.py, of 1, 2, 3, 4, 5 attributes in turn."""
+    return [caption(named) for named in shapes.evaluation_names(count, repeats, "clip prompt", ATTRIBUTES)]
 
 
 # ---- the evaluator -----------------------------------------------------------------------------------------
@@ -152,16 +134,8 @@ def consistency(seen: Tensor, displacement: Tensor) -> float:
 
 
 def total_variation(labels: Tensor, named: Tensor) -> float:
-    """Mean over distinct prompts and the attributes each leaves free, the place always, of
-    0.5 * sum |share - 1/K|, as in models/eval/shapes.py; labels (B A) of clips."""
-    distances = []
-    for prompt in named.unique(dim=0):
-        mine = labels[(named == prompt).all(1)]
-        for a, count in enumerate(COUNTS):
-            if a == 5 or prompt[a] < 0:
-                share = torch.bincount(mine[:, a] + 1, minlength=count + 1).double() / len(mine)
-                distances.append(0.5 * (share[1:] - 1 / count).abs().sum() + 0.5 * share[0])
-    return torch.stack(distances).mean().item()
+    """As in models/eval/shapes.py, of clips' labels (B A) and what their prompts name (B 5)."""
+    return shapes.total_variation(labels, named, ATTRIBUTES)
 
 
 def clip_features(clips: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 prompt that a condition selects, and a reader for its published file, which is a pickled module.
 
     tensors = open_module("MPS_overall_checkpoint.pth")  # model.* is a CLIP-H, cross_model.* is this
-    net = cross_model(tensors.group("cross_model."))
+    net = load_mps(tensors)
 
 Behaviour after https://github.com/Kwai-Kolors/MPS.
 Letters: B samples, L text tokens, S image tokens, C the condition's, P width, N heads, D head's width.
@@ -18,8 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention, silu
 
-from models.checkpoint import InputError, Tensors, tensors_of
-from models.text import shapes_of
+from models.checkpoint import InputError, Tensors, load, tensors_of
+from models.eval.clip import IGNORED, clip_model, frozen
+from models.text_encoders import shapes_of
 
 # The condition of the "overall" preference.
 CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
@@ -96,8 +97,8 @@ class CrossModel(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, keep: Tensor) -> Tensor:
         """Image tokens (B S P), text tokens (B L P), keep (B L): which of those are seen -> (B S P)."""
-        for cross, own in self.layers:
-            image = own["fn"](cross["fn"](image, text, keep))
+        for cross, among in self.layers:
+            image = among["fn"](cross["fn"](image, text, keep))
         return image
 
 
@@ -127,6 +128,14 @@ def mps_score(cross: CrossModel, image: Tensor, text: Tensor, vector: Tensor, co
     logarithm of the scale -> scores (B,), float32. Tokens of the padding count too."""
     seen = cross(image, text, selected(text, condition, threshold))[:, 0]
     return logit_scale.float().exp() * cosine_similarity(seen.float(), vector.float(), dim=-1)
+
+
+def load_mps(tensors: Tensors) -> nn.ModuleDict:
+    """The CLIP "model" and the "cross_model". Raises InputError unless the file holds exactly these."""
+    net = nn.ModuleDict({"model": clip_model(tensors.group("model."), "gelu"),
+                         "cross_model": cross_model(tensors.group("cross_model."))})
+    load(net, tensors, ignore=IGNORED)
+    return frozen(net)
 
 
 # ---- pickled modules ---------------------------------------------------------------------------------------
@@ -178,8 +187,8 @@ def open_module(path: str | Path) -> Tensors:
 def module_tensors(module, prefix: str = "") -> dict[str, Tensor]:
     parts = vars(module)
     passing = parts.get("_non_persistent_buffers_set", ())
-    own = parts["_parameters"] | {name: t for name, t in parts["_buffers"].items() if name not in passing}
-    found = {prefix + name: t.detach() for name, t in own.items() if t is not None}
+    saved = parts["_parameters"] | {name: t for name, t in parts["_buffers"].items() if name not in passing}
+    found = {prefix + name: t.detach() for name, t in saved.items() if t is not None}
     for name, child in parts["_modules"].items():
         found |= module_tensors(child, f"{prefix}{name}.") if child is not None else {}
     return found

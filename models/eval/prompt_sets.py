@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from models.eval import moving_shapes, shapes
 from models.checkpoint import InputError, why
 from models.data import lines_of, read_prompts
+from models.videos import webvid_files
 
 COCO = "coco10k/all_prompts.pkl"  # within the archive, beside the 10,000 pictures
 # Name -> what it is for, where its file is.
@@ -34,6 +34,7 @@ SOURCES = {
 def prompt_set(source: str | Path) -> list[str]:
     """The prompts, in the published order, of a name in SETS or of a file: DMD2's .zip or .pkl, VBench's
     .json, WebVid's .csv, or one of those of `models.data.read_prompts`. Raises InputError."""
+    from models.eval import moving_shapes, shapes  # for these two sets alone
     name = str(source)
     if name == "shapes":
         return shapes.evaluation_prompts(512)
@@ -52,12 +53,10 @@ def prompt_set(source: str | Path) -> list[str]:
     if path.suffix in readers:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected prompts")
-        prompts = readers[path.suffix](path)
-    elif path.suffix == ".csv" and path.is_file() and (rows := webvid(path)):
-        prompts = [caption for _, caption in rows]
-    else:
-        prompts = read_prompts(path)
-    return prompts
+        return readers[path.suffix](path)
+    if path.suffix == ".csv" and path.is_file() and (rows := webvid(path)):
+        return [caption for _, caption in rows]
+    return read_prompts(path)
 
 
 def on_hub(repo: str, file: str, kind: str = "model") -> Path:
@@ -112,4 +111,4 @@ def webvid(path: Path) -> list[tuple[str, str]]:
     rows = csv.DictReader(line + "\n" for _, line in lines_of(path))
     if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
         return []
-    return [(f"{row['page_dir']}/{row['videoid']}.mp4", row["name"].strip()) for row in rows]
+    return [(webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()) for row in rows]

@@ -3,29 +3,29 @@
     score = load_scorer("clip", backbone="ViT-g-14")  # or "pickscore", "hpsv2", "mps"
     print(score.describe, score(images, prompts).mean())
 
-All four are a CLIP of transformers, whatever layout its file has, and differ in weights, preprocessing and
-tokens. Sources: open_clip, DMD2's coco_evaluator.py, yuvalkirstain/PickScore, tgxs002/HPSv2, Kwai-Kolors/MPS.
-Letters: B images or prompts, L tokens of text, S of an image, P width of what both are projected to.
+All four are a CLIP (models/eval/clip.py) and differ in weights, preprocessing and tokens. Sources: open_clip,
+DMD2's coco_evaluator.py, yuvalkirstain/PickScore, tgxs002/HPSv2, Kwai-Kolors/MPS.
+Letters: B images or prompts, L tokens of text, H W pixels.
 """
 import html
-import json
-import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate, pad
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
-from models.checkpoint import TORCH_SUFFIXES, InputError, Tensors, check_names, find, load, open_tensors
-from models.eval.mps import CONDITION, cross_model, mps_score, open_module
-from models.text import at_end, check_vocabulary, pad_ids, shapes_of
+from models.checkpoint import TORCH_SUFFIXES, InputError, find, open_tensors, weights_in
+from models.eval.clip import image_tokens, image_vector, load_clip, text_tokens, text_vector
+from models.eval.mps import CONDITION, load_mps, mps_score, open_module
+from models.pictures import rgb
+from models.text_encoders import at_end, check_vocabulary, open_tokenizer, pad_ids
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Name -> repository, what it was trained on, width and patch of its image encoder.
@@ -36,32 +36,16 @@ BACKBONES = {
     "ViT-B-32": ("openai/clip-vit-base-patch32", "openai", (768, 32)),
     "ViT-B-16": ("openai/clip-vit-base-patch16", "openai", (768, 16)),
 }
-HEADS = {1280: 16, 1408: 16}  # width -> heads of the H and g image encoders; all others are 64 wide
-IGNORED = ("*position_ids",)  # a buffer in files of older transformers
 OPEN_CLIP_FILES = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 MPS_FILE = "MPS_overall_checkpoint.pth"
-MPS_SOURCE = "https://drive.google.com/file/d/17qrK_aJkVNM75ZEvMEePpLj6L867MLkN (https://github.com/Kwai-Kolors/MPS)"
-# transformers' names -> open_clip's, which are OpenAI's.
-RULES = (
-    (r"^vision_model\.(embeddings\.)?", "visual."), (r"^text_model\.(embeddings\.)?", ""),
-    (r"patch_embedding", "conv1"), (r"position_embedding\.weight", "positional_embedding"),
-    (r"pre_layrnorm", "ln_pre"), (r"post_layernorm", "ln_post"), (r"final_layer_norm", "ln_final"),
-    (r"encoder\.layers", "transformer.resblocks"), (r"layer_norm([12])", r"ln_\1"),
-    (r"self_attn\.[qkv]_proj\.", "attn.in_proj_"), (r"self_attn", "attn"),
-    (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"),
-    (r"^visual_projection\.weight", "visual.proj"), (r"^text_projection\.weight", "text_projection"),
-)
+MPS_SOURCE = ("https://drive.google.com/file/d/17qrK_aJkVNM75ZEvMEePpLj6L867MLkN "
+              "(https://github.com/Kwai-Kolors/MPS)")
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------
-
-def zero_to_one(image: Image.Image) -> Tensor:
-    """-> (3 H W)."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-
 
 def standardize(x: Tensor) -> Tensor:
     """(3 H W) in 0..1 -> CLIP's mean and deviation taken out."""
@@ -82,7 +66,7 @@ def clip_pixels(image: Image.Image, size: int = 224, crop: str = "torchvision") 
     image = image.convert("RGB") if crop == "hf" else image
     short = min(image.size)
     image = image.resize(tuple(int(size * side / short) for side in image.size), Image.Resampling.BICUBIC)
-    return standardize(zero_to_one(middle(image, size, crop)))
+    return standardize(rgb(middle(image, size, crop)) / 255)
 
 
 def dmd2_pixels(image: Image.Image, size: int = 224) -> Tensor:
@@ -91,14 +75,14 @@ def dmd2_pixels(image: Image.Image, size: int = 224) -> Tensor:
     return clip_pixels(square.resize((256, 256), Image.Resampling.LANCZOS), size)
 
 
-def hps_pixels(image: Image.Image, size: int = 224, antialias: bool = True) -> Tensor:
-    """Long side to `size`, bicubic in floating point, black bars -> (3 size size). `antialias` as torchvision
-    does from 0.17 on; without as before. An image whose long side is `size` stays without bars, as it is."""
-    x = zero_to_one(image)
+def hps_pixels(image: Image.Image, size: int = 224) -> Tensor:
+    """Long side to `size`, bicubic in floating point, antialiased as by torchvision from 0.17 on, black bars
+    -> (3 size size). An image whose long side is `size` stays without bars, as it is."""
+    x = rgb(image) / 255
     scale = size / max(x.shape[1:])
     if scale != 1:
         height, width = (round(side * scale) for side in x.shape[1:])
-        x = interpolate(x[None], (height, width), mode="bicubic", antialias=antialias)[0]
+        x = interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0]
         left, top = (size - width) // 2, (size - height) // 2
         x = pad(x, (left, size - width - left, top, size - height - top))
     return standardize(x)
@@ -116,13 +100,13 @@ def clean(prompt: str) -> str:
 
 def token_ids(tokenizer, prompts: list[str], window: int, padding: int, **options) -> Tensor:
     """Ids (B window): start, at most window - 2 tokens, end, padding."""
-    rows = tokenizer(prompts, truncation=True, max_length=window, **options).input_ids
-    return pad_ids(rows, window, padding)
+    ids = tokenizer(prompts, truncation=True, max_length=window, **options).input_ids
+    return pad_ids(ids, window, padding)
 
 
 def insert_prefix(ids: Tensor, prefix: list[int]) -> Tensor:
     """DMD2's prompts: `prefix` after the start token of ids (B L), which 0 pads -> (B L), cut at the end; a
-    row that is full then ends in the end token."""
+    prompt that fills all L then ends in the end token."""
     end = ids.amax(dim=1)
     longer = torch.cat([ids[:, :1], ids.new_tensor(prefix).expand(len(ids), -1), ids[:, 1:]], dim=1)
     longer = longer[:, :ids.shape[1]]
@@ -131,130 +115,21 @@ def insert_prefix(ids: Tensor, prefix: list[int]) -> Tensor:
 
 
 def load_tokenizer(folder: str | Path | None, repo: str) -> CLIPTokenizer:
-    """From `folder`, or else the hub's `repo`. Raises InputError: transformers would take a folder without a
-    vocabulary, or a failed download, for a tokenizer of two tokens."""
+    """From `folder`, or else the hub's `repo`. Raises InputError, as `open_tokenizer`."""
+    if folder is None:
+        advice = "--tokenizer PATH takes a folder with it"
+        folder = [find(file, None, repo, advice) for file in TOKENIZER_FILES][0].parent
     try:
-        if folder is None:
-            folder = [find(file, None, repo) for file in TOKENIZER_FILES][0].parent
+        return open_tokenizer(Path(folder))
     except InputError as error:
-        advice = "; --tokenizer PATH takes a folder with it"  # instead of the weights'
-        raise InputError(str(error).rpartition("; ")[0] + advice) from error
-    absent = [file for file in TOKENIZER_FILES[:2] if not (Path(folder) / file).is_file()]
-    if absent and not (Path(folder) / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: no {' and no '.join(absent)} in this folder; expected CLIP's tokenizer, "
-                         f"as in {repo}")
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # of many kinds, from the files' parsers
-        raise InputError(f"{folder}: damaged tokenizer files ({type(error).__name__}: {error})") from error
-
-
-# ---- networks ----------------------------------------------------------------------------------------------
-
-def open_clip_name(name: str) -> str:
-    return reduce(lambda new, rule: re.sub(*rule, new), RULES, name)
-
-
-def open_clip_shapes(shapes: dict[str, tuple]) -> dict[str, tuple]:
-    """Names and shapes of a transformers CLIP -> of the open_clip file: q, k and v are one tensor, what
-    projects is transposed."""
-    found = {}
-    for name, shape in shapes.items():
-        new = open_clip_name(name)
-        wide = (3 * shape[0], *shape[1:]) if ".in_proj_" in new else shape
-        found[new] = shape[::-1] if name.endswith("projection.weight") else wide
-    return found
-
-
-def from_open_clip(tensors: Tensors, shapes: dict[str, tuple]) -> Tensors:
-    """An open_clip file as if it had the names and shapes of transformers. Raises InputError for another
-    architecture, in the file's own names."""
-    check_names(tensors, open_clip_shapes(shapes))
-
-    def read(name: str, _) -> Tensor:
-        new = open_clip_name(name)
-        if ".in_proj_" in new:
-            rows, part = shapes[name][0], "qkv".index(re.search("([qkv])_proj", name)[1])
-            return tensors.rows(new, part * rows, (part + 1) * rows)
-        return tensors[new].T.contiguous() if name.endswith("projection.weight") else tensors[new]
-
-    return Tensors(tensors.path, shapes, read, tensors.metadata, tensors.prefix)
-
-
-def clip_model(tensors: Tensors, activation: str) -> CLIPModel:
-    """The CLIP of a file in transformers', open_clip's or OpenAI's names, on `meta`. Sizes come from the
-    shapes, heads and activation from a config.json beside the file or as published. Raises InputError."""
-    own = open_clip_name if "visual.conv1.weight" in tensors else str
-    vision, text = "vision_model.embeddings", "text_model.embeddings"
-    names = [f"{vision}.patch_embedding", f"{vision}.position_embedding", f"{text}.token_embedding",
-             f"{text}.position_embedding", "text_projection", *(
-                 f"{part}_model.encoder.layers.0.mlp.fc1" for part in ("vision", "text"))]
-    (*_, patch), (places, _), (vocabulary, _), (window, _), projection, *fc1 = shapes_of(
-        tensors, "a CLIP of images and text", [own(f"{name}.weight") for name in names])
-    beside, sizes = tensors.path.with_name("config.json"), {}
-    try:
-        towers = dict(json.loads(beside.read_bytes())) if beside.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{beside}: expected the JSON of a transformers CLIP") from error
-    for part, (hidden, width) in zip(("vision_config", "text_config"), fc1):
-        layers, given = own(part.replace("config", "model.encoder.layers.")), towers.get(part, {})
-        sizes[part] = dict(
-            hidden_size=width, intermediate_size=hidden, hidden_act=given.get("hidden_act", activation),
-            num_attention_heads=given.get("num_attention_heads", HEADS.get(width, max(1, width // 64))),
-            num_hidden_layers=sum(name.startswith(layers) and name.endswith(own(".layer_norm1.weight"))
-                                  for name in tensors))
-    sizes["vision_config"] |= dict(patch_size=patch, image_size=patch * math.isqrt(places - 1))
-    sizes["text_config"] |= dict(vocab_size=vocabulary, max_position_embeddings=window,
-                                 bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)
-    try:
-        with torch.device("meta"):
-            return CLIPModel(CLIPConfig(projection_dim=projection[0 if own is str else 1], **sizes))
-    except Exception as error:  # transformers refuses sizes in many ways
-        reason = " ".join(str(error).split())
-        raise InputError(f"{tensors.path}: no CLIP of these shapes and {beside.name} ({reason})") from error
-
-
-def load_clip(tensors: Tensors, activation: str, dtype: torch.dtype = torch.float32) -> CLIPModel:
-    """`clip_model`, filled. Raises InputError unless the file holds exactly its tensors."""
-    net = clip_model(tensors, activation)
-    if "visual.conv1.weight" in tensors:
-        tensors = from_open_clip(tensors, {name: tuple(p.shape) for name, p in net.state_dict().items()})
-    load(net, tensors, dtype, ignore=IGNORED)
-    return frozen(net)
-
-
-def frozen(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if hasattr(module, "position_ids"):  # a buffer that no file fills
-            module.position_ids = torch.arange(module.position_embedding.num_embeddings)[None]
-    return net.requires_grad_(False).eval()
+        raise InputError(f"{error}, as in {repo}") from error
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
-def text_tokens(net: CLIPModel, ids: Tensor) -> Tensor:
-    """Ids (B L) -> projected tokens (B L P). Padding after the end token changes none of those before it."""
-    return net.text_projection(net.text_model(input_ids=ids).last_hidden_state)
-
-
-def text_vector(net: CLIPModel, ids: Tensor) -> Tensor:
-    """Ids (B L) -> (B P), the token that ends the prompt."""
-    return at_end(text_tokens(net, ids), ids)
-
-
-def image_vector(net: CLIPModel, pixels: Tensor) -> Tensor:
-    """Pixels (B 3 H W) -> (B P), the class token."""
-    return net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output)
-
-
-def image_tokens(net: CLIPModel, pixels: Tensor) -> Tensor:
-    """Pixels (B 3 H W) -> projected tokens (B S P); as in MPS, without the norm that the class token gets."""
-    return net.visual_projection(net.vision_model(pixel_values=pixels).last_hidden_state)
-
-
 def cosine(net: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Pixels (B 3 H W) and ids (B L) -> (B,), float32."""
-    return cosine_similarity(image_vector(net, pixels).float(), text_vector(net, ids).float(), dim=-1)
+    """Pixels (B 3 H W) and ids (B L) -> (B,)."""
+    return cosine_similarity(image_vector(net, pixels), text_vector(net, ids), dim=-1)
 
 
 @dataclass
@@ -270,28 +145,24 @@ class Scorer:
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images and {len(prompts)} prompts; expected one for each")
-        pixels, p = [self.pixels(image) for image in images], next(self.net.parameters())
+        pixels, device = [self.pixels(image) for image in images], next(self.net.parameters()).device
         square = max(pixels[0].shape)
         for image, x in zip(images, pixels):
             if x.shape != (3, square, square):
                 raise InputError(f"an image of {image.width} x {image.height}: HPSv2 has no answer where the "
                                  "long side is its own size and the other is not")
-        scores = self.score(torch.stack(pixels).to(p.device, p.dtype), self.ids(prompts).to(p.device))
-        return scores.float().cpu()
+        return self.score(torch.stack(pixels).to(device), self.ids(prompts).to(device)).cpu()
 
 
 def load_scorer(kind: str, ckpt: str | Path | None = None, tokenizer: str | Path | None = None,
-                device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options) -> Scorer:
+                device: torch.device | str = "cpu", **options) -> Scorer:
     """The "clip", "pickscore", "hpsv2" or "mps" score.
 
     `ckpt`: a file or folder of weights, `tokenizer`: a folder; else the hub. Options of "clip": backbone, one
-    of BACKBONES, and pipeline, "plain" or "dmd2"; of "hpsv2": version, "v2.0" or "v2.1", and antialias; of
-    "mps": threshold. The cosine is in units of 0.01 for "clip" and "hpsv2", for the others times their
-    exp(logit_scale). Raises InputError."""
-    scorer = one_of("score", kind, LOADERS)(ckpt, tokenizer, device, dtype, **options)
-    if dtype != torch.float32:
-        scorer.describe += f", {str(dtype).removeprefix('torch.')}"
-    return scorer
+    of BACKBONES, and pipeline, "plain" or "dmd2"; of "hpsv2": version, "v2.0" or "v2.1"; of "mps": threshold.
+    The cosine is in units of 0.01 for "clip" and "hpsv2", for the others times their exp(logit_scale). Raises
+    InputError, whose advice is the flags of evaluate.py."""
+    return one_of("score", kind, LOADERS)(ckpt, tokenizer, device, **options)
 
 
 def one_of(what: str, value: str, choices: dict):
@@ -300,18 +171,19 @@ def one_of(what: str, value: str, choices: dict):
     return choices[value]
 
 
-def weights(files: tuple[str, ...], ckpt: str | Path | None, repo: str) -> Path:
+def weights(kind: str, files: tuple[str, ...], ckpt: str | Path | None, repo: str) -> Path:
     """The first of `files` in the folder `ckpt`, or else `ckpt` itself; without it the first in `repo`."""
+    advice = f"--{kind}-ckpt PATH takes a local copy"
     if ckpt is not None:
         return next((Path(ckpt) / file for file in files if (Path(ckpt) / file).is_file()), None) or find(
             files[0], ckpt, repo)
     for file in files[:-1]:
         try:
-            return find(file, None, repo)
+            return find(file, None, repo, advice)
         except InputError as error:
             if "no such file" not in str(error):
                 raise
-    return find(files[-1], None, repo)
+    return find(files[-1], None, repo, advice)
 
 
 def tokenizer_for(net: CLIPModel, given, ckpt, repo: str) -> CLIPTokenizer:
@@ -323,60 +195,67 @@ def tokenizer_for(net: CLIPModel, given, ckpt, repo: str) -> CLIPTokenizer:
     return tokenizer
 
 
-def clip_scorer(ckpt, tokenizer, device, dtype, backbone="ViT-g-14", pipeline="plain") -> Scorer:
+def clip_scorer(ckpt, tokenizer, device, backbone="ViT-g-14", pipeline="plain") -> Scorer:
     repo, tag, _ = one_of("backbone", backbone, BACKBONES)
     preprocess = one_of("pipeline", pipeline, {"plain": clip_pixels, "dmd2": dmd2_pixels})
-    path = weights(HUB_FILES if tag == "openai" else OPEN_CLIP_FILES + HUB_FILES, ckpt, repo)
-    net = load_clip(open_tensors(path), "quick_gelu" if tag == "openai" else "gelu", dtype).to(device)
+    path = weights("clip", HUB_FILES if tag == "openai" else OPEN_CLIP_FILES + HUB_FILES, ckpt, repo)
+    net = load_clip(open_tensors(path), "quick_gelu" if tag == "openai" else "gelu").to(device)
     vision, text = net.config.vision_config, net.config.text_config
     size = vision.hidden_size, vision.patch_size
     found = [name for name, (*_, published) in BACKBONES.items() if size == published]
     if found not in ([], [backbone]):
-        raise InputError(f"{path}: holds a {found[0]}; expected {backbone}, another --backbone takes it")
+        raise InputError(f"{path}: holds a {found[0]}; expected {backbone}, another --clip-backbone takes it")
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-L-14"][0])
     prefix = tok("a photo depicts").input_ids[1:-1] if pipeline == "dmd2" else []
 
     def ids(prompts: list[str]) -> Tensor:
-        rows = token_ids(tok, [clean(prompt) for prompt in prompts], text.max_position_embeddings, 0)
-        return insert_prefix(rows, prefix) if prefix else rows
+        plain = token_ids(tok, [clean(prompt) for prompt in prompts], text.max_position_embeddings, 0)
+        return insert_prefix(plain, prefix) if prefix else plain
 
     described = f"{backbone} {tag if ckpt is None else Path(ckpt).name}, {pipeline}"
     return Scorer(described, partial(preprocess, size=vision.image_size), ids,
                   lambda pixels, ids: 100 * cosine(net, pixels, ids), net)
 
 
-def pick_scorer(ckpt, tokenizer, device, dtype) -> Scorer:
-    path = weights(HUB_FILES, ckpt, "yuvalkirstain/PickScore_v1")
-    net = load_clip(open_tensors(path), "gelu", dtype).to(device)
+def pick_scorer(ckpt, tokenizer, device) -> Scorer:
+    path = weights("pickscore", HUB_FILES, ckpt, "yuvalkirstain/PickScore_v1")
+    net = load_clip(open_tensors(path), "gelu").to(device)
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-H-14"][0])
     window = net.config.text_config.max_position_embeddings
     return Scorer("PickScore_v1", partial(clip_pixels, size=net.config.vision_config.image_size, crop="hf"),
                   partial(token_ids, tok, window=window, padding=tok.pad_token_id),
-                  lambda pixels, ids: net.logit_scale.float().exp() * cosine(net, pixels, ids), net)
+                  lambda pixels, ids: net.logit_scale.exp() * cosine(net, pixels, ids), net)
 
 
-def hps_scorer(ckpt, tokenizer, device, dtype, version: str = "v2.0", antialias: bool = True) -> Scorer:
-    path = weights((one_of("version", version, HPS_FILES),), ckpt, "xswu/HPSv2")
+def hps_scorer(ckpt, tokenizer, device, version: str | None = None) -> Scorer:
+    """v2.0 unless `version` says otherwise. Only the published files' names tell the versions apart."""
+    given, version = version, version or "v2.0"
+    path = weights("hpsv2", (one_of("version", version, HPS_FILES),), ckpt, "xswu/HPSv2")
+    path = weights_in(path) if path.is_dir() else path
     if path.name in set(HPS_FILES.values()) - {HPS_FILES[version]}:
         raise InputError(f"{path}: another version; expected {HPS_FILES[version]} for {version}")
-    net = load_clip(open_tensors(path), "gelu", dtype).to(device)
+    described = version
+    if path.name != HPS_FILES[version] and not given:
+        described += " assumed"
+        print(f"{path}: HPS {version} assumed, as neither {HPS_FILES['v2.0']} nor {HPS_FILES['v2.1']} is its "
+              "name; --hpsv2-version says it", file=sys.stderr)
+    net = load_clip(open_tensors(path), "gelu").to(device)
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-L-14"][0])
     window = net.config.text_config.max_position_embeddings
 
     def ids(prompts: list[str]) -> Tensor:  # "<|endoftext|>" in a prompt is text to HPSv2
         return token_ids(tok, [clean(prompt) for prompt in prompts], window, 0, split_special_tokens=True)
 
-    return Scorer(version + ("" if antialias else ", no antialias"),
-                  partial(hps_pixels, size=net.config.vision_config.image_size, antialias=antialias), ids,
+    return Scorer(described, partial(hps_pixels, size=net.config.vision_config.image_size), ids,
                   lambda pixels, ids: 100 * cosine(net, pixels, ids), net)
 
 
-def mps_scorer(ckpt, tokenizer, device, dtype, threshold: float = 0.3) -> Scorer:
+def mps_scorer(ckpt, tokenizer, device, threshold: float = 0.3) -> Scorer:
     if ckpt is None:
-        raise InputError(f"{MPS_FILE}: not on the hub; --ckpt PATH takes the file from {MPS_SOURCE}")
-    path = weights((MPS_FILE,), ckpt, MPS_SOURCE)
+        raise InputError(f"{MPS_FILE}: not on the hub; --mps-ckpt PATH takes the file from {MPS_SOURCE}")
+    path = weights("mps", (MPS_FILE,), ckpt, MPS_SOURCE)
     tensors = open_module(path) if path.suffix in TORCH_SUFFIXES else open_tensors(path)
-    net = load_mps(tensors, dtype).to(device)
+    net = load_mps(tensors).to(device)
     clip, cross = net["model"], net["cross_model"]
     tok = tokenizer_for(clip, tokenizer, ckpt, BACKBONES["ViT-H-14"][0])
     window = clip.config.text_config.max_position_embeddings
@@ -390,14 +269,6 @@ def mps_scorer(ckpt, tokenizer, device, dtype, threshold: float = 0.3) -> Scorer
 
     return Scorer(f"overall, threshold {threshold:g}",
                   partial(clip_pixels, size=clip.config.vision_config.image_size, crop="hf"), ids, score, net)
-
-
-def load_mps(tensors: Tensors, dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
-    """The CLIP "model" and the "cross_model". Raises InputError unless the file holds exactly these."""
-    net = nn.ModuleDict({"model": clip_model(tensors.group("model."), "gelu"),
-                         "cross_model": cross_model(tensors.group("cross_model."))})
-    load(net, tensors, dtype, ignore=IGNORED)
-    return frozen(net)
 
 
 LOADERS = {"clip": clip_scorer, "pickscore": pick_scorer, "hpsv2": hps_scorer, "mps": mps_scorer}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from models.data import uniform
+from models.eval.fvd import frechet_distance
 
 SIZE = 32  # pixels
 ATTRIBUTES = {
@@ -104,39 +105,40 @@ def captions() -> list[str]:
     return [caption([i - 1 for i in kept]) for kept in every] + [""]
 
 
-def caption_index(named: Tensor) -> Tensor:
-    """Positions in `captions()` of the captions that name these attributes (B 4): (B,)."""
+# `attributes` below: a table like ATTRIBUTES, whose last entry, the place, no caption names.
+
+def caption_index(named: Tensor, attributes: dict = ATTRIBUTES) -> Tensor:
+    """Positions in `captions()` of the captions that name these attributes (B A-1): (B,)."""
     index = torch.zeros(len(named), dtype=torch.long)
-    for a in range(4):
-        index = index * (COUNTS[a] + 1) + named[:, a] + 1
+    for values, value in zip(attributes.values(), named.unbind(1)):
+        index = index * (len(values) + 1) + value + 1
     return index
 
 
-def parse(prompts: list[str]) -> Tensor:
-    """What each prompt names: (B 4), -1 where it leaves an attribute free."""
-    named = torch.full((len(prompts), 4), -1)
-    for row, prompt in zip(named, prompts):
-        words = set(re.findall("[a-z]+", prompt.lower()))
-        for a, attribute in enumerate(NAMED):
-            for value, word in enumerate(ATTRIBUTES[attribute]):
-                if word in words:
-                    row[a] = value
-    return named
+def parse(prompts: list[str], attributes: dict = ATTRIBUTES) -> Tensor:
+    """What each prompt names: (B A-1), -1 where it leaves an attribute free."""
+    words = [set(re.findall("[a-z]+", prompt.lower())) for prompt in prompts]
+    return torch.tensor([[max((i for i, value in enumerate(values) if value in said), default=-1)
+                          for values in list(attributes.values())[:-1]] for said in words])
 
 
-def evaluation_prompts(count: int, repeats: int = 32, seed: int = 1) -> list[str]:
+def evaluation_prompts(count: int, repeats: int = 32) -> list[str]:
     """`count` prompts, each distinct one `repeats` times: the coverage of its free attributes can be counted.
+    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too."""
+    return [caption(named) for named in evaluation_names(count, repeats, "prompt", ATTRIBUTES)]
 
-    They name 1, 2, 3, 4 attributes in turn; the order is such that any leading part is balanced too. Of
-    each kind there are no more distinct ones than prompts that name one attribute."""
-    prompts, tries = [], iter(range(10 ** 6))
-    distinct = min(max(1, count // repeats), 4 * sum(COUNTS[:4]))
-    while len(prompts) < distinct:
-        u = uniform(seed, next(tries), "prompt", range(8))
-        kept = u[4:].argsort()[:len(prompts) % 4 + 1]
-        prompt = caption([int(u[a] * COUNTS[a]) if a in kept else -1 for a in range(4)])
-        prompts += [prompt] if prompt not in prompts else []
-    return [prompts[i % len(prompts)] for i in range(count)]
+
+def evaluation_names(count: int, repeats: int, purpose: str, attributes: dict) -> list[list[int]]:
+    """What each evaluation prompt names, drawn for a `purpose` (models/data.py). Of each kind there are no
+    more distinct ones than prompts that name one attribute."""
+    counts = [len(values) for values in attributes.values()][:-1]
+    found, tries, n = [], iter(range(10 ** 6)), len(counts)
+    while len(found) < min(max(1, count // repeats), n * sum(counts)):
+        u = uniform(1, next(tries), purpose, range(2 * n))
+        kept = u[n:].argsort()[:len(found) % n + 1]
+        named = [int(u[a] * counts[a]) if a in kept else -1 for a in range(n)]
+        found += [named] if named not in found else []
+    return [found[i % len(found)] for i in range(count)]
 
 
 # ---- the evaluator -----------------------------------------------------------------------------------------
@@ -193,17 +195,17 @@ def accuracy(labels: Tensor, named: Tensor) -> float:
     return right.double().mean().item()
 
 
-def total_variation(labels: Tensor, named: Tensor) -> float:
-    """Mean over distinct prompts and the attributes each leaves free of 0.5 * sum |share - 1/K|, invalid
-    pictures being one more outcome of probability 0. n pictures of a perfect sampler give about
-    0.4 * sqrt((K - 1) / n), not 0."""
+def total_variation(labels: Tensor, named: Tensor, attributes: dict = ATTRIBUTES) -> float:
+    """Mean over distinct prompts and the attributes each leaves free, the place always, of
+    0.5 * sum |share - 1/K|; labels (B A), named (B A-1). What is invalid is one more outcome, of probability
+    0. n pictures of a perfect sampler give about 0.4 * sqrt((K - 1) / n), not 0."""
     distances = []
     for prompt in named.unique(dim=0):
         mine = labels[(named == prompt).all(1)]
-        for a, count in enumerate(COUNTS):
-            if a == 4 or prompt[a] < 0:
-                share = torch.bincount(mine[:, a] + 1, minlength=count + 1).double() / len(mine)
-                distances.append(0.5 * (share[1:] - 1 / count).abs().sum() + 0.5 * share[0])
+        for values, name, label in zip(attributes.values(), [*prompt, -1], mine.unbind(1)):
+            if name < 0:
+                share = torch.bincount(label + 1, minlength=len(values) + 1).double() / len(mine)
+                distances.append(0.5 * (share[1:] - 1 / len(values)).abs().sum() + 0.5 * share[0])
     return torch.stack(distances).mean().item()
 
 
@@ -217,16 +219,10 @@ def features(images: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance of the Gaussians fitted to features a (n D) and b (m D), per feature and in
-    units of b's per-feature variance: |mean difference|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64."""
+    """Frechet distance of features a (n D) and b (m D), per feature and in units of b's per-feature
+    variance."""
     scale = b.std(0).clamp_min(1e-12)
-    a, b = a / scale, b / scale
-    A, B = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    return max(distance.item(), 0.0) / a.shape[1]
+    return frechet_distance(a / scale, b / scale) / a.shape[1]
 
 
 def reference(prompts: list[str], seed: int, repeats: int = 1) -> Tensor:

@@ -59,12 +59,12 @@ def read_results(paths: list[Path]) -> tuple[dict[str, float], list[str]]:
     for file in files:
         try:
             content = json.loads(file.read_bytes())
-            rows = {name.replace("_", " "): (float(value[0]), len(value[1]) if len(value) > 1 else None)
-                    for name, value in content.items()}
+            found = {name.replace("_", " "): (float(value[0]), len(value[1]) if len(value) > 1 else None)
+                     for name, value in content.items()}
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise InputError(f"{file}: expected VBench's results, {{dimension: [average, [videos]]}} "
                              f"({type(error).__name__}: {error})") from error
-        for name, (value, count) in rows.items():
+        for name, (value, count) in found.items():
             if name not in DIMENSIONS:
                 continue
             if not 0 <= value <= 1:

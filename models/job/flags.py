@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,102 +10,153 @@ import torch.distributed as dist
 
 from models.checkpoint import InputError
 from models.data import read_prompts
-from models.job.networks import DTYPES, sizes
-from models.parallel import check_heads, complete_states
+from models.job.families import FAMILIES, Family
+from models.job.networks import DTYPES
+from models.parallel import barrier
 from models.presets import PRESETS, Preset
+from models.sequence import check_heads
+from models.state import complete_states
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that loads a model."""
-    add = parser.add_argument
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows each flag's default; None is the preset's value where the preset has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "default" in action.help:
+            return action.help
+        if action.default is None and action.dest in Preset._fields:
+            return f"{action.help} (default: the preset's)"
+        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
+    """The flags of every script that loads a model; `script` is its file."""
+    parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=Help)
+    add = parser.add_argument_group("model files").add_argument
     add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
-    add("--ckpt", type=Path, help="original single file; without it the Hugging Face hub is asked")
+    add("--ckpt", type=Path, help="original single file, or CogVideoX's folder; else the Hugging Face hub's")
     add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout; "
         "CogVideoX: folder or file of T5")
     add("--vae-ckpt", type=Path, help="file or folder of the VAE, where it is not in or beside --ckpt")
     add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
-    add("--no-t5", action="store_true", help="zeros in place of T5's tokens")
+    add("--no-t5", action="store_true", help="SD3: zeros in place of T5's tokens")
     add("--null-prompt", choices=("zeros", "empty"),
         help="CogVideoX's unconditional: zeros (default), as it was trained, or the encoded empty prompt")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    add("--frames", type=int, help="of a video: 8 k + 1")
-    add("--seed", type=int, default=0)
+    add("--frames", type=int, help="of a video; CogVideoX: 8 k + 1")
+    add = parser.add_argument_group("memory and ranks").add_argument
+    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
+    add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--sequence-parallel", type=int, default=1, metavar="K", help="ranks that share each video's tokens")
     add("--context-parallel", type=int, metavar="K",
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
-    add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
-    add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those who only sample
+    return parser
 
 
-def training_parser(script: str, doc: str) -> argparse.ArgumentParser:
-    """The flags of every training script; None means the preset's value."""
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_flags(parser)
-    add = parser.add_argument
+def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
+    """The flags of every training script, and what adds one under the heading "algorithm"."""
+    parser = model_parser(script, doc)
+    groups = {group.title: group for group in parser._action_groups}
+    add = groups["memory and ranks"].add_argument
+    add("--micro-batch", type=int, help="samples per forward on one rank")
+    add("--no-checkpointing", action="store_true", default=None,
+        help="keep activations, do not compute them twice")
+    algorithm = parser.add_argument_group("algorithm").add_argument
+    algorithm("--max-iter", type=int, help="generator updates")
+    algorithm("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
+    algorithm("--lr-theta", type=float, help="learning rate of the generator")
+    add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
     add("--resume", nargs="?", const="newest", metavar="STATE",
         help="continue --out (or the newest run) from its newest complete state")
-    add("--max-iter", type=int, help="generator updates")
-    add("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
-    add("--micro-batch", type=int, help="samples per forward on one rank")
-    add("--no-checkpointing", action="store_true", default=None, help="do not compute activations twice")
-    add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
-    add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")
     add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
+    # [choice] half precision would round away what learning rates of 1e-8 have taught
+    add("--export-dtype", choices=DTYPES, default="fp32", help="of the exported generator")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", type=int, metavar="N", help="samples of each row of the closing comparison; 0: none")
     add("--evaluate-every", type=int, default=0, metavar="N",
         help="generator updates between figures of --evaluate samples in evaluation.jsonl; 0: never")
     add("--evaluate-metrics", nargs="+", choices=("shapes", "clip", "pickscore", "hpsv2", "mps"),
         metavar="METRIC", help="default: shapes for the tiny models, clip for others (evaluate.py)")
+    add = parser.add_argument_group("profiling").add_argument
     add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and evaluations per phase")
-    return parser
+    add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
+    return parser, algorithm
 
 
-def fill(args: argparse.Namespace, row: Preset, names: tuple[str, ...]) -> None:
+def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
+    """`training_parser` with the flags that ADM and its baseline DMD have in common."""
+    parser, add = training_parser(script, doc)
+    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
+    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
+    add("--steps", type=int, help="N, steps of the generator")
+    add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
+    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
+    add("--generator-cfg-offset", type=float, metavar="X",
+        help="guide the generator too, at the real score's scale less X (Table 3, w/ CFG: 2)")
+    add("--lora-rank", type=int, help="rank of the generator's adapter; 0 trains all weights")
+    add("--fake-lora", type=int, nargs="?", const=64, default=0, metavar="RANK",
+        help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
+    add("--lr-psi", type=float, help="learning rate of the fake model")
+    return parser, add
+
+
+def fill(args: argparse.Namespace, preset: Preset, names: tuple[str, ...] = Preset._fields) -> None:
+    """The preset's values for those flags of these names that are left out."""
     for name in names:
         if getattr(args, name, 0) is None:
-            setattr(args, name, getattr(row, name))
+            setattr(args, name, getattr(preset, name))
 
 
 def resolve_model(args: argparse.Namespace) -> Preset:
-    """The preset's row, which fills in absent flags. Raises InputError for a size, a number of frames or of
+    """The model's preset, which fills in absent flags. Raises InputError for a size, a number of frames or of
     sequence-parallel ranks that the model cannot take."""
-    row = PRESETS[args.model]
-    if not row.frames and args.frames:
-        raise InputError(f"--frames {args.frames}: {args.model} makes images; expected no --frames")
-    fill(args, row, ("ckpt", "tokenizers", "size", "frames"))
-    if row.frames and (args.frames < 1 or args.frames % (2 * row.vae_frames) != 1):
-        works = [2 * row.vae_frames * k + 1 for k in (1, 2, 3)]
-        raise InputError(f"--frames {args.frames}: {args.model} takes {2 * row.vae_frames} k + 1 frames: 1, "
-                         f"{', '.join(map(str, works))}, ...; its own are {row.frames}")
-    if args.no_t5 and row.frames or args.null_prompt and not row.frames:
-        flag = "--no-t5" if args.no_t5 else f"--null-prompt {args.null_prompt}"
-        raise InputError(f"{flag}: not for {args.model}; expected none")
-    args.null_prompt = args.null_prompt or ("zeros" if row.frames else None)
+    preset = PRESETS[args.model]
+    family = FAMILIES[preset.family]
+    for name, absent in (("no_t5", (False,)), ("null_prompt", (None,)), ("sequence_parallel", (1,)),
+                         ("context_parallel", (None, 1))):
+        value = getattr(args, name)
+        if value not in absent and name not in family.flags:
+            given = f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+            raise InputError(f"{given}: not for {args.model}; expected none")
+    check_frames(args, preset, family)
+    fill(args, preset, ("ckpt", "tokenizers", "size", "frames"))
+    if "null_prompt" in family.flags:
+        args.null_prompt = args.null_prompt or "zeros"
     if args.context_parallel is None:
         args.context_parallel = args.sequence_parallel
     at_least_1(args, ("sequence_parallel", "context_parallel"))
-    if max(args.sequence_parallel, args.context_parallel) > 1 and not row.frames:
-        raise InputError(f"--sequence-parallel, --context-parallel: expected 1 for images, {args.model}'s")
     if args.sequence_parallel % args.context_parallel:
         raise InputError(f"--context-parallel {args.context_parallel}: expected a divisor of "
                          f"--sequence-parallel {args.sequence_parallel}, whose ranks hold the same video")
-    if row.frames:
-        check_heads(row.config["heads"], args.sequence_parallel)
+    if "sequence_parallel" in family.flags:
+        check_heads(preset.config["heads"], args.sequence_parallel)
     if dist.get_world_size() % args.sequence_parallel:
         raise InputError(f"--sequence-parallel {args.sequence_parallel} does not divide the "
                          f"{dist.get_world_size()} processes")
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    multiple, largest = sizes(row)
+    multiple, largest = family.sides(preset)
     if any(side % multiple or not multiple <= side <= (largest or side) for side in args.size):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple}"
                          + f" up to {largest}" * (largest is not None))
-    return row
+    return preset
+
+
+def check_frames(args: argparse.Namespace, preset: Preset, family: Family) -> None:
+    if args.frames is None or not (args.frames or family.frame_step):
+        return
+    if not family.frame_step:
+        raise InputError(f"--frames {args.frames}: {args.model} makes images; expected no --frames")
+    if args.frames < 1 or (args.frames - 1) % family.frame_step:
+        works = [family.frame_step * k + 1 for k in (1, 2, 3)]
+        raise InputError(f"--frames {args.frames}: {args.model} takes {family.frame_step} k + 1 frames: 1, "
+                         f"{', '.join(map(str, works))}, ...; its own are {preset.frames}")
 
 
 def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
@@ -115,42 +167,51 @@ def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
 
 
 def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
-    """`resolve_model` and the batch of a training run; `adp` takes the row's values for the pre-training.
+    """`resolve_model` and the batch of a training run; `adp` takes the preset's values for the pre-training.
     Raises InputError for what cannot be cut evenly."""
-    row = resolve_model(args)
-    world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
+    preset = PRESETS[args.model]
     if adp:
-        row = row._replace(lr_theta=row.adp_lr_theta, lr_tau=row.adp_lr_tau, max_iter=row.adp_max_iter)
-    fill(args, row, tuple(name for name in row._fields if name != "pixel_ckpt"))  # which is SAM's alone
+        preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
+                                 max_iter=preset.adp_max_iter)
+    resolve_model(args)
+    fill(args, preset)
+    world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
-    if args.init and args.lora_rank:
+    adapters = [f"--{name.replace('_', '-')}" for name in ("lora_rank", "fake_lora")
+                if getattr(args, name, 0)]
+    if args.init and getattr(args, "lora_rank", 0):
         raise InputError("--init starts from weights of its own, which no adapter on the teacher's can be: "
                          "expected --lora-rank 0")
-    if row.family != "mmdit" and (getattr(args, "lora_rank", 0) or getattr(args, "fake_lora", 0)):
+    if adapters and FAMILIES[preset.family].names is None:
         raise InputError(f"--model {args.model}: adapters are for the SD3 family; expected --lora-rank 0 "
                          "and no --fake-lora")
     at_least_1(args, ("steps", "max_iter", "batch_size", "micro_batch", "ttur", "save_every", "sample_every"))
-    if args.evaluate < 0 or row.procedural and args.evaluate == 1:
-        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + row.procedural}")
+    procedural = bool(preset.data)
+    if args.evaluate < 0 or procedural and args.evaluate == 1:
+        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + procedural}")
     if args.evaluate_every < 0 or args.evaluate_every and not args.evaluate:
         raise InputError(f"--evaluate-every {args.evaluate_every} --evaluate {args.evaluate}: expected 0 or "
                          "more updates, and samples to evaluate")
-    args.evaluate_metrics = args.evaluate_metrics or ["shapes" if row.procedural else "clip"]
-    own = (tuple(args.size), args.frames) == (row.size, row.frames)
-    if args.evaluate_every and "shapes" in args.evaluate_metrics and not (row.procedural and own):
+    args.evaluate_metrics = args.evaluate_metrics or ["shapes" if procedural else "clip"]
+    if args.evaluate_every and "shapes" in args.evaluate_metrics and not exact(args, preset):
         raise InputError(f"--evaluate-metrics shapes: for the tiny models at their own size; {args.model} "
                          "takes clip, pickscore, hpsv2, mps")
     if args.batch_size % (world * args.micro_batch):
         groups = f" groups of {args.sequence_parallel}" * (args.sequence_parallel > 1)
         raise InputError(f"--batch-size {args.batch_size} is no multiple of {world}{groups} processes "
                          f"x --micro-batch {args.micro_batch}")
-    return row
+    return preset
 
 
-def read_training_prompts(args: argparse.Namespace, row: Preset) -> list[str]:
+def exact(args: argparse.Namespace, preset: Preset) -> bool:
+    """Are these samples of procedural data at the one size at which their evaluator reads them exactly?"""
+    return bool(preset.data) and (tuple(args.size), args.frames) == (preset.size, preset.frames)
+
+
+def read_training_prompts(args: argparse.Namespace, preset: Preset) -> list[str]:
     if args.prompts is None:
-        weights = f", and --ckpt {row.file} or access to {row.repo} on the hub (HF_TOKEN)"
+        weights = f", and --ckpt {preset.file} or access to {preset.repo} on the hub (HF_TOKEN)"
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
                          + weights * (args.ckpt is None))
     return read_prompts(args.prompts)
@@ -180,14 +241,14 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
     return holder[0]
 
 
-def entry(script: str, parse_args, main) -> None:
-    """Run a script: what the user can mend is one sentence on stderr and exit code 2."""
+def entry(script: str, parse_args: Callable, main: Callable) -> None:
+    """Run the script of file `script`: what the user can mend is one sentence on stderr and exit code 2."""
     args = parse_args()
     try:
         main(args)
     except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(script).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # other ranks may be waiting in a collective: an orderly exit would wait for them
     if dist.is_initialized():
-        dist.barrier()
+        barrier()  # the others wait for rank 0's last files
         dist.destroy_process_group()

@@ -1,13 +1,13 @@
 """What training scripts do around their algorithm: batches, log, save, resume, samples, closing comparison.
 
-Nothing here touches a loss. A script calls, in this order: `flags.training_parser`, `flags.resolve`, `Job`,
-`networks.load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `log.add`, `log.update`,
-`job.end`; `job.finish` exports and compares.
+No loss is computed here. A script calls, in this order: `flags.training_parser`, `flags.resolve`, `Job`,
+`networks.load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `job.noise`, `log.add`,
+`log.update`, `job.end`; `job.finish` exports and compares. Scorers and evaluators are imported where they are
+used: a training run seldom needs them, and they take seconds.
 """
 import argparse
 import importlib.util
 import json
-import math
 import resource
 import shutil
 import signal
@@ -23,142 +23,88 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from models.eval import moving_shapes, shapes
+from models import data
 from models.checkpoint import InputError
-from models.data import append_jsonl, film_strip, noise, prompt_index, save_grid, save_rows, truncate_jsonl
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.job.flags import read_training_prompts, run_folder
-from models.eval.metrics import quick_scores
-from models.job.networks import (
-    condition_shapes,
-    export,
-    latent_shape,
-    load_text,
-    load_vae,
-    open_denoiser,
-    student_cfg,
-)
-from models.parallel import (
-    any_rank,
-    complete_states,
-    count_stuck,
-    is_main,
-    load_state,
-    mean_over_ranks,
-    print0,
-    save_state,
-)
-from models.presets import Preset
+from models.job.families import FAMILIES
+from models.job.flags import exact, read_training_prompts, run_folder
+from models.job.networks import export, latent_shape, load_text, load_vae, open_denoiser, student_cfg
+from models.job.log import Log, health
 from models.job.sampling import generate
-from models.eval.scores import load_scorer
+from models.parallel import any_rank, barrier, count_stuck, is_main, print0
+from models.pictures import film_strip, save_grid, save_rows
+from models.presets import Preset
+from models.state import complete_states, load_state, save_state
 from models.text import Cond
 
 MAX_BAD = 10  # non-finite iterations in a row before a run stops
 
 
-def count_evaluations(roles: dict[str, Denoiser], counts: dict[str, int]) -> None:
-    """Count the samples that each role's network and D_tau's backbone see, recomputation not included."""
-    for net in {id(role.net): role.net for role in roles.values()}.values():
-        def hook(_, positional, named, net=net):
-            owner = [name for name, role in roles.items()
-                     if role.net is net and role.lora == named.get("lora", ())]
-            counts["D_tau features" if named.get("taps") else owner[0]] += len(positional[0])
-        net.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def health(history) -> str:
-    """One line about the last iterations: what a person would look for in the curves."""
-    rows, figures = list(history), ""
-    norms = [key for key in rows[-1] if key.startswith("grad_norm_")]
-    drift = rows[-1]["x_0_std"] / max(rows[0]["x_0_std"], 1e-12)
-    worries = [f"{key.removeprefix('grad_norm_')} has no gradient" for key in norms
-               if all(row[key] == 0 for row in rows)]
-    if "margin" in rows[-1]:  # there is a discriminator
-        margin = sum(sum(row["margin"]) / len(row["margin"]) for row in rows) / len(rows)
-        hinge = sum(row["loss_tau"] for row in rows) / len(rows)
-        figures = f"margin {margin:+.4f} hinge {hinge:.3f} "
-        if len(rows) >= 50:
-            worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4)
-            worries += ["D has won: the hinge is at 0"] * (hinge < 0.01)
-    if not 0.67 < drift < 1.5:
-        worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(rows)} iterations"]
-    return (f"{figures}x_0 {rows[-1]['x_0_mean']:+.3f} +- {rows[-1]['x_0_std']:.3f} "
-            f"health: {'; '.join(worries or ['good'])}")
-
-
-# ---- the job -----------------------------------------------------------------------------------------------
-
-class Log:
-    """One iteration's scalars: means over the micro-batches and ranks."""
-
-    def __init__(self):
-        self.sums, self.row = defaultdict(list), {}
-
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name].append(value.detach())
-
-    def mean(self, name: str) -> Tensor:
-        return torch.stack(self.sums[name]).mean(0)
-
-    def update(self, role: str, loss: float, norm: float) -> None:
-        self.row |= {f"loss_{role}": loss, f"grad_norm_{role}": norm}
-
-    def close(self, **values) -> None:
-        """Take the mean of everything over the ranks; vectors (the margins) stay lists."""
-        names = [name for name in self.sums if not name.startswith("loss_")]  # losses are in the row already
-        means = [self.mean(name) for name in names]
-        flat = iter(mean_over_ranks([v for m in means for v in m.flatten()]) if means else [])
-        for name, m in zip(names, means):
-            self.row[name] = [next(flat) for _ in m] if m.ndim else next(flat)
-        self.row = values | self.row
-
-    def finite(self) -> bool:
-        return all(math.isfinite(v) for k, v in self.row.items() if k.startswith(("loss_", "grad_norm_")))
-
-
 class Job:
-    """Run folder, prompts, batch cut, log, state and samples of one training run."""
+    """Run folder, prompts, micro-batches, log, state and samples of one training run."""
 
-    def __init__(self, script: str, args: argparse.Namespace, row: Preset, mesh: DeviceMesh,
+    def __init__(self, script: str, args: argparse.Namespace, preset: Preset, mesh: DeviceMesh,
                  device: torch.device):
-        self.args, self.row, self.device = args, row, device
+        self.args, self.preset, self.device = args, preset, device
+        script = Path(script).stem
         self.out = run_folder(args, script)
-        ranks, M = args.sequence_parallel, args.micro_batch  # as many ranks share their samples' tokens
-        rank, world = dist.get_rank() // ranks, dist.get_world_size() // ranks
-        # Global sample indices of this rank's micro-batches. Draws depend on them, not on the cut.
+        # Ranks that share the tokens of their samples have the same samples.
+        M, group = args.micro_batch, args.sequence_parallel
+        rank, world = dist.get_rank() // group, dist.get_world_size() // group
+        # Global sample indices of this rank's micro-batches.
+        # Draws depend on these, not on the number of ranks.
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
-        self.latent_shape = latent_shape(args, row)
+        self.latent_shape, self.fps = latent_shape(args, preset), FAMILIES[preset.family].fps
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
-        self.text = self.vae = None
+        self.text, self.vae, self.scorers = None, None, {}
         if args.random_weights:
             if script == "adp":  # the only one to decode while it trains
-                self.vae = load_vae(args, row, device)
+                self.vae = load_vae(args, preset, device)
             self.c_null = self.random_conditions([0])
         else:
-            self.prompts = read_training_prompts(args, row) if hasattr(args, "prompts") else []
-            open_denoiser(args, row)  # a wrong file is refused before the text encoders' long download
-            self.text, self.vae = load_text(args, row, mesh, device), load_vae(args, row, device)
+            self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
+            open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
+            self.text, self.vae = load_text(args, preset, mesh, device), load_vae(args, preset, device)
             self.c_null = self.text.unconditional()
+            few = self.prompts[:200]  # all of a large file would take minutes
+            if few and is_main() and (cut := self.text.overlong(few)):
+                print0(f"note: {cut} of the first {len(few)} prompts are longer than the text encoders' "
+                       "windows and cut")
             kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
-            self.scorers = {kind: load_scorer(kind, device=device) for kind in kinds if is_main()}
+            if kinds and is_main():
+                from models.eval.scores import load_scorer
+                self.scorers = {kind: load_scorer(kind, device=device) for kind in kinds}
 
     def random_conditions(self, indices: list[int]) -> Cond:
         """Of the true shapes: --random-weights has no text encoders."""
-        context, pooled = (noise(shape, self.args.seed, 0, name, indices).to(self.device)
-                           for shape, name in zip(condition_shapes(self.row), Cond._fields))
-        return Cond(context, pooled)
+        shapes = FAMILIES[self.preset.family].condition_shapes(self.preset)
+        return Cond(*(data.noise(shape, self.args.seed, 0, name, indices).to(self.device)
+                      for shape, name in zip(shapes, Cond._fields)))
+
+    # ---- draws: functions of the seed, the iteration, a name and the global sample indices
+
+    def noise(self, name: str, indices: list[int]) -> Tensor:
+        """Standard normal latents (B C H W), of videos (B T C H W)."""
+        return data.noise(self.latent_shape, self.args.seed, self.global_iter, name, indices).to(self.device)
+
+    def uniform(self, name: str, indices: list[int]) -> Tensor:
+        """U[0, 1), (B,)."""
+        return data.uniform(self.args.seed, self.global_iter, name, indices).to(self.device)
+
+    def integer(self, name: str, high: int) -> int:
+        """Uniform in 1, ..., high, the same on every rank."""
+        return 1 + int(high * data.uniform(self.args.seed, self.global_iter, name, [0]))
 
     def shuffled(self, indices: list[int], count: int) -> list[int]:
         """Which of `count` prompts or pairs each global sample index gets in this iteration."""
         first = (self.global_iter - 1) * self.args.batch_size
-        return [prompt_index(self.args.seed, first + i, count) for i in indices]
+        return [data.prompt_index(self.args.seed, first + i, count) for i in indices]
 
     def conditions(self, indices: list[int]) -> Cond:
-        """One prompt per global sample index, the same for both updates of an iteration.  # [choice]"""
+        """One prompt per global sample index, the same for both updates of an iteration."""  # [choice]
         if self.text is None:
             return self.random_conditions(indices)
         return self.text.encode([self.prompts[i] for i in self.shuffled(indices, len(self.prompts))])
@@ -170,10 +116,10 @@ class Job:
             stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
             print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change "
                    f"of that size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
-        lora_rank = getattr(args, "lora_rank", self.row.lora_rank)
-        if bool(lora_rank) != bool(self.row.lora_rank) and args.lr_theta == self.row.lr_theta:
-            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for "
-                   f"--lora-rank {self.row.lora_rank}, not for {lora_rank}")
+        rank, usual = getattr(args, "lora_rank", self.preset.lora_rank), self.preset.lora_rank
+        if bool(rank) != bool(usual) and args.lr_theta == self.preset.lr_theta:
+            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {usual}, "
+                   f"not for {rank}")
         if args.resume:
             states = complete_states(self.out / "state")
             path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
@@ -191,15 +137,15 @@ class Job:
             except FileExistsError:
                 raise InputError(f"{self.out}: another run has taken this folder meanwhile; "
                                  "start again") from None
-            # What an abandoned branch has left behind goes, as its metrics do.
+            # Resuming from an older state: later states and their metrics are deleted.
             for state in complete_states(self.out / "state"):
                 if int(state.name[5:]) > self.global_iter:
                     shutil.rmtree(state)
-            truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
-            truncate_jsonl(self.out / "evaluation.jsonl", "gen_iter", self.gen_iter)
+            data.truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
+            data.truncate_jsonl(self.out / "evaluation.jsonl", "gen_iter", self.gen_iter)
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                  text=True).stdout.strip()
-            config = dict(args=vars(args), preset=self.row._asdict(), argv=sys.argv, git=git,
+            config = dict(args=vars(args), preset=self.preset._asdict(), argv=sys.argv, git=git,
                           torch=torch.__version__, world_size=dist.get_world_size())
             (self.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
             if importlib.util.find_spec("tensorboard"):
@@ -227,6 +173,17 @@ class Job:
 
     def _request_stop(self, *_) -> None:
         self.stop = True
+
+    def count_evaluations(self, **roles: Denoiser) -> None:
+        """With --profile, count the samples that each role's network and D_tau's backbone see, recomputation
+        not included."""
+        for net in {id(role.net): role.net for role in roles.values()}.values() if self.args.profile else ():
+            def hook(_, positional, named, net=net):
+                name = "D_tau features" if named.get("taps") else next(
+                    name for name, role in roles.items()
+                    if role.net is net and role.lora == named.get("lora", ()))
+                self.evaluations[name] += len(positional[0])
+            net.register_forward_pre_hook(hook, with_kwargs=True)
 
     # ---- inside the loop
 
@@ -257,14 +214,14 @@ class Job:
         log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
                   seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
         if is_main() and not args.profile:
-            append_jsonl(self.out / "metrics.jsonl", log.row)
-            for name, value in log.row.items() if self.board else ():
+            data.append_jsonl(self.out / "metrics.jsonl", log.record)
+            for name, value in log.record.items() if self.board else ():
                 value = sum(value) / len(value) if isinstance(value, list) else value
                 self.board.add_scalar(name, value, self.global_iter)
         if due:
-            self.history.append(log.row)
+            self.history.append(log.record)
             self.bar.update()
-            self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.row.items()
+            self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.record.items()
                                               if key.startswith("loss_")))
             if gen_iter % 100 == 0 and is_main():
                 self.bar.write(f"{gen_iter}: {health(self.history)}")
@@ -280,41 +237,43 @@ class Job:
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B 3 H W) in [-1, 1] of latents, with gradient; activations are recomputed in backward."""
-        parts = x_0.split(self.row.decode_batch)
+        parts = x_0.split(self.preset.decode_batch)
         return torch.cat([self.vae.decode(part, checkpoint=not self.args.no_checkpointing) for part in parts])
 
     # ---- pictures, export, closing comparison
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
         return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
-                        2 * self.args.micro_batch, self.row.decode_batch, self.args.sequence_parallel,
+                        2 * self.args.micro_batch, self.preset.decode_batch, self.args.sequence_parallel,
                         self.args.context_parallel)
 
     def look(self, G_theta: Denoiser, tn: Tensor) -> None:
         """samples/XXXXXXXX.png or .mp4 of the generator every --sample-every updates, and a line of figures
         in evaluation.jsonl every --evaluate-every: of the same prompts and noise each time."""
-        args, row = self.args, self.row
+        args = self.args
         if self.text is not None and self.gen_iter % args.sample_every == 0:
-            images = self.sample(G_theta, list(row.sample_prompts), tn, student_cfg(args))
+            images = self.sample(G_theta, list(self.preset.sample_prompts), tn, student_cfg(args))
             if is_main():
-                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=row.fps)
+                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=self.fps)
 
         if self.text is not None and args.evaluate_every and self.gen_iter % args.evaluate_every == 0:
             prompts = self.known_prompts()
             images = self.sample(G_theta, prompts, tn, student_cfg(args))
             if is_main():
+                from models.eval.metrics import quick_scores
                 figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers)
-                append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
+                data.append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
                 self.bar.write(f"{self.gen_iter}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
                 for name, value in figures.items() if self.board else ():
                     self.board.add_scalar(name, value, self.global_iter)
-            any_rank(False)  # the others wait for the scores on gloo, which is more patient than nccl
+            barrier()  # the others wait for the scores
 
     def known_prompts(self) -> list[str]:
         """--evaluate prompts: those whose answers are known, or the preset's, again and again."""
-        count, few = self.args.evaluate, self.row.sample_prompts
-        if self.row.procedural:
-            return (moving_shapes if self.row.frames else shapes).evaluation_prompts(count)
+        count, few = self.args.evaluate, self.preset.sample_prompts
+        if self.preset.data:
+            from models.eval.metrics import procedural
+            return procedural(self.preset.data).evaluation_prompts(count)
         return [few[i % len(few)] for i in range(count)]
 
     def finish(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
@@ -327,31 +286,31 @@ class Job:
                           f"continue with --resume --out {self.out}")
         if self.text is None:
             return
-        export(self.args, self.row, G_theta, self.out)
+        export(self.args, self.preset, G_theta, self.out)
         if self.args.evaluate:
             self.compare(F_phi, G_theta, tn)
 
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
         """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, of videos
         compare.mp4 too, and where the data are procedural the exact figures in comparison.json."""
-        row, args, N, w = self.row, self.args, len(tn) - 1, self.row.teacher_cfg
-        exact = row.procedural and (tuple(args.size), args.frames) == (row.size, row.frames)
-        prompts = self.known_prompts()
-        full = teacher_times(row.teacher_steps, row.shift, row.schedule).to(self.device)
-        few = generator_times(N, row.shift, row.schedule).to(self.device)
+        preset, args, N, w = self.preset, self.args, len(tn) - 1, self.preset.teacher_cfg
+        prompts, few_steps = self.known_prompts(), f"{N} step{'s' * (N > 1)}"
+        full = teacher_times(preset.teacher_steps, preset.shift, preset.schedule).to(self.device)
+        few = generator_times(N, preset.shift, preset.schedule).to(self.device)
         lines, figures = [], {}
-        for label, F, times, cfg in ((f"teacher, {row.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
-                                     (f"teacher, {N} step{'s' * (N > 1)}, guidance {w:g}", F_phi, few, w),
-                                     (f"student, {N} step{'s' * (N > 1)}", G_theta, tn,
-                                      student_cfg(args))):
+        for label, F, times, cfg in (
+                (f"teacher, {preset.teacher_steps} steps, guidance {w:g}", F_phi, full, w),
+                (f"teacher, {few_steps}, guidance {w:g}", F_phi, few, w),
+                (f"student, {few_steps}", G_theta, tn, student_cfg(args))):
             images = self.sample(F, prompts, times, cfg)
             lines.append((label, images[:12]))
-            if exact and is_main():
+            if exact(args, preset) and is_main():
+                from models.eval.metrics import quick_scores
                 figures[label] = quick_scores(images, prompts, ["shapes"], {})
         if is_main():
-            if row.frames:
+            if preset.frames:
                 save_grid(self.out / "compare.mp4", torch.cat([clips[:6] for _, clips in lines]),
-                          min(6, len(prompts)), fps=row.fps)
+                          min(6, len(prompts)), fps=self.fps)
                 lines = [(label, film_strip(clips[:2])) for label, clips in lines]
             save_rows(self.out / "compare.png", lines)
             for label, values in figures.items():

@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.data import noise, to_uint8
+from models.data import noise
 from models.diffusion import Denoiser, solve
-from models.parallel import neighbours, own_share
+from models.parallel import neighbours, share_of_rank
+from models.pictures import to_uint8
 
 
 @torch.no_grad()
@@ -20,12 +21,12 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     tn: ascending times of the ODE's steps; cfg: guidance scale, None for one evaluation a step. The ranks
     share the work; each `sequence` neighbouring ranks share one sample's tokens, each `context` of them the
     decoding of its frames."""
-    device, own = tn.device, own_share(len(prompts), sequence)
+    device, mine = tn.device, share_of_rank(len(prompts), sequence)
     decode = partial(vae.decode, group=neighbours(context)) if context > 1 else vae.decode
     c_null = text.unconditional() if cfg is not None else None
     images = []
-    for start in range(0, len(own), batch):
-        indices = own[start:start + batch]
+    for start in range(0, len(mine), batch):
+        indices = mine[start:start + batch]
         z = noise(latent_shape, seed, 0, "sample", [first + i for i in indices]).to(device)
         w = torch.full((len(indices),), cfg, device=device) if cfg is not None else None
         x_0 = solve(F, z, tn, text.encode([prompts[i] for i in indices]), c_null, w)

@@ -22,20 +22,23 @@ from models.cogvideox import CogVideoX
 from models.cogvideox_vae import CogVideoXVAE
 from models.diffusion import Denoiser, alpha_sigma
 from models.eval.moving_shapes import Scenes, captions, draw_clip, random_scenes
+from models.job.families import FAMILIES
+from models.job.networks import load_text
 from models.presets import PRESETS
-from models.text import CogVideoXText, load_tokenizers
-from models.tiny.images import (
+from models.tiny.text import longest_first, t5_text, write_t5_tokenizer
+from models.tiny.training import (
     BATCH,
     FOLDER,
     denoiser_loss,
     encode_captions,
+    open_part,
+    open_teacher,
     report,
-    t5_text,
     train,
-    write_t5_tokenizer,
 )
 
-ROW = PRESETS["tiny-cogvideox"]
+NAME = "tiny-cogvideox"
+PRESET = PRESETS[NAME]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIPS = 8192  # of the denoiser's training
 STEPS = {"vae": 2400, "vae_noise": 1400}
@@ -53,7 +56,7 @@ STAGES = (
 
 def new_denoiser() -> CogVideoX:
     """Initialised as diffusion transformers are: gates and output zero, so every block starts as identity."""
-    net = CogVideoX(**ROW.config)
+    net = CogVideoX(**PRESET.config)
     for name, p in net.named_parameters():
         if name.endswith("bias") or ".linear.weight" in name or name == "proj_out.weight":
             nn.init.zeros_(p)
@@ -64,22 +67,24 @@ def new_denoiser() -> CogVideoX:
 
 def write_configs(folder: Path, words: int) -> None:
     """What diffusers reads beside the weights; `words`: size of T5's vocabulary."""
-    net, vae, side = ROW.config, ROW.vae, ROW.size[0] // ROW.vae_factor
+    net, vae, side = PRESET.config, PRESET.vae, PRESET.size[0] // PRESET.vae_factor
     levels = len(vae["ch"])
     configs = {
         "transformer": dict(
             _class_name="CogVideoXTransformer3DModel", num_layers=net["depth"],
             num_attention_heads=net["heads"], attention_head_dim=net["head_dim"], patch_size=net["patch"],
             in_channels=net["in_channels"], out_channels=net["in_channels"], text_embed_dim=net["text_dim"],
-            time_embed_dim=net["time_dim"], max_text_seq_length=ROW.t5_length, sample_height=side,
-            sample_width=side, sample_frames=ROW.frames, temporal_compression_ratio=ROW.vae_frames,
+            time_embed_dim=net["time_dim"], max_text_seq_length=PRESET.t5_length, sample_height=side,
+            sample_width=side, sample_frames=PRESET.frames,
+            temporal_compression_ratio=FAMILIES[PRESET.family].frames_per_latent,
             use_rotary_positional_embeddings=net["rotary"], spatial_interpolation_scale=net["interpolation"],
             temporal_interpolation_scale=1.0),
         "vae": dict(
             _class_name="AutoencoderKLCogVideoX", block_out_channels=vae["ch"],
             layers_per_block=vae["num_res_blocks"], latent_channels=vae["z_channels"],
             norm_num_groups=vae["groups"], scaling_factor=vae["scale"],
-            temporal_compression_ratio=ROW.vae_frames, sample_height=ROW.size[0], sample_width=ROW.size[1],
+            temporal_compression_ratio=FAMILIES[PRESET.family].frames_per_latent,
+            sample_height=PRESET.size[0], sample_width=PRESET.size[1],
             down_block_types=["CogVideoXDownBlock3D"] * levels,
             up_block_types=["CogVideoXUpBlock3D"] * levels),
         "text_encoder": dict(
@@ -102,36 +107,21 @@ def write_configs(folder: Path, words: int) -> None:
 
 
 def save(part: str, weights: dict[str, Tensor], name: str = WEIGHTS) -> None:
-    save_safetensors(ROW.ckpt / part / name, {key: p.half() for key, p in weights.items()})
+    save_safetensors(PRESET.ckpt / part / name, {key: p.half() for key, p in weights.items()})
 
 
 def write_text() -> None:
-    words = {word for text in captions() for word in text.split()}
-    words = sorted(words, key=lambda word: (-len(word), word))
-    size = write_t5_tokenizer(ROW.ckpt / "tokenizer", words, ROW.t5_length)
-    write_configs(ROW.ckpt, size)
+    size = write_t5_tokenizer(PRESET.ckpt / "tokenizer", longest_first(captions()), PRESET.t5_length)
+    write_configs(PRESET.ckpt, size)
     save("text_encoder", t5_text("", size, torch.Generator().manual_seed(0)), "model.safetensors")
-    ROW.prompts.write_text("\n".join(captions()[:-1]) + "\n")
-
-
-def open_video() -> tuple[Denoiser, CogVideoXVAE, CogVideoXText]:
-    """Denoiser, autoencoder and text encoder of the committed folder."""
-    net, vae = CogVideoX(**ROW.config), CogVideoXVAE(**ROW.vae)
-    load(net, open_tensors(ROW.ckpt / "transformer"))
-    load(vae, open_tensors(ROW.ckpt / "vae"))
-    return Denoiser(net, ROW.predicts, ROW.schedule), vae, open_text()
-
-
-def open_text() -> CogVideoXText:
-    parts = {"t5": open_tensors(ROW.ckpt / "text_encoder")}
-    return CogVideoXText(parts, load_tokenizers(ROW.tokenizers, t5=False), ROW.t5_length).load(parts)
+    PRESET.prompts.write_text("\n".join(captions()[:-1]) + "\n")
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 def new_vae() -> CogVideoXVAE:
     """The decoder's norms start near plain ones: what the latent adds to scale 1 and shift 0 is small."""
-    vae = CogVideoXVAE(**ROW.vae)
+    vae = CogVideoXVAE(**PRESET.vae)
     for name, p in vae.named_parameters():
         if name.endswith("conv_y.conv.bias"):
             nn.init.ones_(p)
@@ -142,12 +132,12 @@ def vae_clips(step: int, windows: int, seed: int) -> Tensor:
     """16 windows of 16 x 16 near the path's middle for the first `windows` steps, then 4 whole clips: at the
     same cost windows show four times as many shapes, and the network learns in half the time."""
     if step >= windows:
-        return draw_clip(random_scenes(seed + 1, range(4 * step, 4 * step + 4)), ROW.frames)
+        return draw_clip(random_scenes(seed + 1, range(4 * step, 4 * step + 4)), PRESET.frames)
     scenes = random_scenes(seed, range(16 * step, 16 * step + 16))
     g = torch.Generator().manual_seed(step)
     corners = scenes.middle.long() - 10 + 4 * torch.randint(2, (16, 2), generator=g)  # on the latent's grid
     clips = [clip[..., y:y + 16, x:x + 16]
-             for clip, (x, y) in zip(draw_clip(scenes, ROW.frames), corners.clamp(0, 16).tolist())]
+             for clip, (x, y) in zip(draw_clip(scenes, PRESET.frames), corners.clamp(0, 16).tolist())]
     return torch.stack(clips)
 
 
@@ -156,7 +146,7 @@ def vae_loss(windows: int, seed: int, noise: float, kl_weight: float) -> Callabl
     latent on top."""
     def loss_at(net: CogVideoXVAE, step: int) -> Tensor:
         clips = vae_clips(step, windows, seed)
-        mean, logvar = net.moments(clips)
+        mean, logvar = net.moments(clips, chunk=None)
         eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         std = torch.exp(0.5 * logvar) + noise * mean.std((0, 1, 3, 4), keepdim=True)
@@ -170,7 +160,7 @@ def normalise(vae: CogVideoXVAE, clips: Tensor) -> None:
     """Fold a shift and a scale per latent channel into the weights: the data's latents then have mean 0 and
     standard deviation 1. The decoder reads the latent in its first layer and in each of its norms; only what
     the first layer's zero padding stands for changes, at the border."""
-    z = vae.encode(clips)
+    z = vae.encode(clips, chunk=None)
     mean, std = z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4))
     last, Z = vae.encoder.conv_out.conv, len(std)
     last.weight[:Z] /= std[:, None, None, None, None]  # the mean's rows
@@ -187,14 +177,14 @@ def video_times(mean: float, g: torch.Generator) -> Tensor:
     sigmoid(mean)."""
     flow = torch.sigmoid(mean + torch.randn(BATCH, generator=g))
     grid = torch.arange(1, 1001) / 1000
-    alpha, sigma = alpha_sigma(ROW.schedule, grid, grid)
+    alpha, sigma = alpha_sigma(PRESET.schedule, grid, grid)
     return grid[torch.searchsorted(sigma / (alpha + sigma), flow).clamp_max(999)]
 
 
 def train_vae(out: Path) -> CogVideoXVAE:
     """Twice: to reconstruct, then to bear noise in the latent, without which the denoiser's small errors
     decode to no shape at all."""
-    data = draw_clip(random_scenes(11, range(256)), ROW.frames)
+    data = draw_clip(random_scenes(11, range(256)), PRESET.frames)
     torch.manual_seed(0)
     first = vae_loss(windows=1800, seed=20, noise=0.0, kl_weight=3e-5)
     vae = train("video_vae", new_vae(), first, STEPS["vae"], 2e-3, out)
@@ -210,25 +200,27 @@ def train_video(out: Path) -> None:
     write_text()
     vae = train_vae(out)
     save("vae", vae.state_dict())
-    load(vae, open_tensors(ROW.ckpt / "vae"))  # as it is stored
-    table, scenes = encode_captions(ROW, open_text()), random_scenes(11, range(CLIPS))
+    load(vae, open_tensors(PRESET.ckpt / "vae"))  # as it is stored
+    table, scenes = encode_captions(PRESET, open_part(NAME, load_text)), random_scenes(11, range(CLIPS))
     with torch.no_grad():
         parts = zip(*(x.split(64) for x in scenes))
-        latents = torch.cat([vae.encode(draw_clip(Scenes(*part), ROW.frames)) for part in parts])  # B T Z h w
+        clips = (draw_clip(Scenes(*part), PRESET.frames) for part in parts)
+        latents = torch.cat([vae.encode(clip, chunk=None) for clip in clips])  # B T Z h w
 
     def look(average: nn.Module, step: int) -> None:
-        report(out / f"{name}_{step:06d}.png", ROW, Denoiser(average, ROW.predicts, ROW.schedule), vae, table,
-               [(ROW.steps, 3.0), (ROW.teacher_steps, 3.0)], 256)
+        report(out / f"{name}_{step:06d}.png", PRESET,
+               Denoiser(average, PRESET.predicts, PRESET.schedule), vae, table,
+               [(PRESET.steps, 3.0), (PRESET.teacher_steps, 3.0)], 256)
 
     torch.manual_seed(0)
     net = new_denoiser()
     for name, steps, lr, share, noisiness in STAGES:
-        loss = denoiser_loss(ROW, latents, scenes.labels, table, share,
+        loss = denoiser_loss(PRESET, latents, scenes.labels, table, share,
                              lambda step, g: video_times(noisiness(step), g))
         net = train(name, net.requires_grad_(), loss, steps, lr, out, look=look)
     save("transformer", net.state_dict())
-    F, vae, _ = open_video()
-    settings = list(product((1, 2, 4, 8, ROW.teacher_steps), (None, 3.0)))
-    report(FOLDER / "teacher_cogvideox.png", ROW, F, vae, table, settings, 640)
-    total = sum(path.stat().st_size for path in ROW.ckpt.rglob("*") if path.is_file())
-    print(f"{ROW.ckpt}: {total / 1e6:.2f} MB", flush=True)
+    F, vae, _ = open_teacher(NAME)
+    settings = list(product((1, 2, 4, 8, PRESET.teacher_steps), (None, 3.0)))
+    report(FOLDER / "teacher_cogvideox.png", PRESET, F, vae, table, settings, 640)
+    total = sum(path.stat().st_size for path in PRESET.ckpt.rglob("*") if path.is_file())
+    print(f"{PRESET.ckpt}: {total / 1e6:.2f} MB", flush=True)

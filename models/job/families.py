@@ -1,0 +1,170 @@
+"""Model families: everything that differs from one architecture to the next, in one table at the end.
+
+A preset (models/presets.py) names its family, and no other file asks which family a model is of. A new one is
+a row of FAMILIES, made of its network, its text class and the few functions that open its files.
+
+`args` are the flags of `flags.model_flags`. What the user can mend raises InputError.
+"""
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models import cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae
+from models.checkpoint import InputError, Tensors, find, open_tensors
+from models.presets import Preset
+from models.sat import dit_from_sat, vae_from_sat
+from models.text import CogVideoXText, SD3Text, SDXLText
+from models.text_encoders import hub_tensors, load_tokenizers, t5_tensors, text_parts
+
+DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # groups of a single file
+
+
+class Family(NamedTuple):
+    network: type[nn.Module]            # the denoiser
+    config_from_shapes: Callable        # its arguments, as far as the shapes of a checkpoint tell them
+    vae: type[nn.Module]
+    vae_config_from_shapes: Callable
+    open_denoiser: Callable             # (args, preset, init) -> Tensors under the network's names
+    open_vae: Callable                  # (args, preset) -> Tensors under the VAE's names
+    new_text: Callable                  # (args, preset, device) -> (text encoders on meta, their Tensors)
+    beside: Callable                    # (ckpt, preset, flag) -> the path for --flag, found next to ckpt
+    condition_shapes: Callable          # preset -> shapes (L D) of a prompt's context and (P,) of its vector
+    sides: Callable                     # preset -> (pixels that a side is a multiple of, the largest or None)
+    single_file: bool                   # the denoiser's file and its exports hold VAE and text encoders too
+    flags: tuple[str, ...]              # those of the flags not for every family that it takes
+    names: diffusers_names.Names | None  # of linear layers in LoRA files; None: no adapters
+    frames_per_latent: int = 1          # of a video
+    frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
+    fps: int = 8
+
+
+def source(args, preset: Preset) -> Tensors:
+    """The tensors of --ckpt or of the preset's file on the hub. Raises InputError if neither can be read."""
+    return open_tensors(find(preset.file, args.ckpt, preset.repo))
+
+
+# ---- single files: SD3, SDXL -------------------------------------------------------------------------------
+
+def open_single_denoiser(args, preset: Preset, init: Path | None) -> Tensors:
+    return (open_tensors(init) if init else source(args, preset)).group(DENOISER)
+
+
+def open_single_vae(args, preset: Preset) -> Tensors:
+    return (open_tensors(args.vae_ckpt) if args.vae_ckpt else source(args, preset)).group(VAE)
+
+
+def single_parts(args, preset: Preset) -> tuple[dict[str, Tensors], Path]:
+    """The text encoders of --text-ckpt, of the denoiser's file, of the files beside it or of the hub, and one
+    of those paths."""
+    single = find(preset.file, args.ckpt, preset.repo)
+    if args.text_ckpt:
+        paths = [args.text_ckpt]
+    elif not preset.text_files or any(name.startswith("text_encoders.clip_l.")
+                                      for name in open_tensors(single)):
+        paths = [single]
+    else:
+        wanted = preset.text_files[:2] if args.no_t5 else preset.text_files
+        paths = [single.parent / name for name in wanted] if args.ckpt else []
+        if not paths or not all(path.exists() for path in paths):
+            paths = [find(name, None, preset.repo) for name in wanted]
+    return text_parts(*paths), paths[0]
+
+
+def new_sd3_text(args, preset: Preset, device: torch.device) -> tuple[SD3Text, dict[str, Tensors]]:
+    parts, path = single_parts(args, preset)
+    if args.no_t5:
+        parts.pop("t5", None)
+    elif "t5" not in parts:
+        raise InputError(f"{path}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors in it, "
+                         "or --no-t5")
+    return SD3Text(parts, load_tokenizers(args.tokenizers), preset.t5_length, preset.config["context_dim"],
+                   device=device), parts
+
+
+def new_sdxl_text(args, preset: Preset, device: torch.device) -> tuple[SDXLText, dict[str, Tensors]]:
+    parts, _ = single_parts(args, preset)
+    return SDXLText(parts, load_tokenizers(args.tokenizers, t5=False), tuple(args.size), device=device), parts
+
+
+def beside_single(ckpt: Path, preset: Preset, flag: str) -> Path | None:
+    return ckpt.parent if flag == "text_ckpt" and (ckpt.parent / "text_encoders").is_dir() else None
+
+
+def mmdit_sides(preset: Preset) -> tuple[int, int]:
+    multiple = preset.vae_factor * preset.config["patch"]
+    return multiple, multiple * preset.config["pos_grid"]
+
+
+# ---- folders: CogVideoX ------------------------------------------------------------------------------------
+
+# Flag -> where its files are in a CogVideoX download, and in the original release.
+COGVIDEOX_PARTS = {"vae_ckpt": ("vae/", "vae/3d-vae.pt"), "text_ckpt": ("text_encoder/", "t5-v1_1-xxl/"),
+                   "tokenizers": ("tokenizer/", "t5-v1_1-xxl/")}
+
+
+def beside_cogvideox(ckpt: Path | None, preset: Preset, flag: str) -> Path:
+    """A part of COGVIDEOX_PARTS in or beside ckpt, which is a download's folder, the original release's (its
+    denoiser is transformer/1/mp_rank_00_model_states.pt), or that denoiser; else of the preset or the hub."""
+    folder, original = COGVIDEOX_PARTS[flag]
+    above = (ckpt.absolute(), *ckpt.absolute().parents) if ckpt else ()
+    for root in (*above[:1], *(path.parent for path in above if path.name == "transformer")):
+        for path in (root / folder, root / original):
+            if path.exists():
+                return path
+    return find(folder, preset.ckpt, preset.repo, advice=f"--{flag.replace('_', '-')} takes a local copy")
+
+
+def open_cogvideox(args, preset: Preset, init: Path | None) -> Tensors:
+    return dit_from_sat(open_tensors(init) if init else source(args, preset))
+
+
+def open_cogvideox_vae(args, preset: Preset) -> Tensors:
+    return vae_from_sat(open_tensors(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt")))
+
+
+def new_cogvideox_text(args, preset: Preset,
+                       device: torch.device) -> tuple[CogVideoXText, dict[str, Tensors]]:
+    path = args.text_ckpt or beside_cogvideox(args.ckpt, preset, "text_ckpt")
+    given = args.tokenizers != preset.tokenizers
+    tokenizers = Path(args.tokenizers if given else beside_cogvideox(args.ckpt, preset, "tokenizers"))
+    if tokenizers.name == "tokenizer":
+        tokenizers = tokenizers.parent
+    parts = {"t5": t5_tensors(hub_tensors(path) if path.is_dir() else open_tensors(path))}
+    return CogVideoXText(parts, load_tokenizers(tokenizers, t5=False), preset.t5_length, args.null_prompt,
+                         device), parts
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "mmdit": Family(
+        network=mmdit.MMDiT, config_from_shapes=mmdit.config_from_shapes,
+        vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
+        open_denoiser=open_single_denoiser, open_vae=open_single_vae, new_text=new_sd3_text,
+        beside=beside_single,
+        condition_shapes=lambda preset: (
+            (preset.clip_length + preset.t5_length, preset.config["context_dim"]),
+            (preset.config["pooled_dim"],)),
+        sides=mmdit_sides, single_file=True, flags=("no_t5",), names=diffusers_names.MMDIT),
+    "unet": Family(
+        network=sdxl_unet.UNet, config_from_shapes=sdxl_unet.config_from_shapes,
+        vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
+        open_denoiser=open_single_denoiser, open_vae=open_single_vae, new_text=new_sdxl_text,
+        beside=beside_single,
+        condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]),
+                                         (preset.config["vector_dim"],)),
+        sides=lambda preset: (preset.vae_factor * 2 ** (len(preset.config["channel_mult"]) - 1), None),
+        single_file=True, flags=(), names=None),
+    "cogvideox": Family(
+        network=cogvideox.CogVideoX, config_from_shapes=cogvideox.config_from_shapes,
+        vae=cogvideox_vae.CogVideoXVAE, vae_config_from_shapes=cogvideox_vae.config_from_shapes,
+        open_denoiser=open_cogvideox, open_vae=open_cogvideox_vae, new_text=new_cogvideox_text,
+        beside=beside_cogvideox,
+        condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
+        sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
+        single_file=False, flags=("null_prompt", "sequence_parallel", "context_parallel"), names=None,
+        frames_per_latent=4, frame_step=8),
+}

@@ -1,0 +1,228 @@
+"""Folders of shards: ODE pairs of collect_odes.py, and latents of real clips.
+
+A shard is a file of x_T and x_0 (B C h w or B T C h w) and guidance scales w (B,), or of x_0 alone, with
+index (B,) and prompts (the bytes of a JSON list). manifest.json has the settings, the "count" asked for, and
+the "shards" that are finished. A shard is written before the manifest names it: what is not named there does
+not count.
+"""
+import json
+from bisect import bisect_right
+from hashlib import file_digest
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.checkpoint import InputError, Tensors, open_tensors, replacing, save_safetensors, some
+
+
+class Kind(NamedTuple):
+    noun: str
+    command: str                # that makes and verifies the folder
+    tensors: tuple[str, ...]
+
+
+# The manifest's "kind", and how its files' names begin; one without is of pairs.
+KINDS = {"pairs": Kind("ODE pairs", "collect_odes.py", ("x_T", "x_0", "w")),
+         "latents": Kind("latents of video clips", "python -m models.job.latents", ("x_0",))}
+
+
+def sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def kind_of(manifest: dict) -> str:
+    return manifest.get("kind", "pairs")
+
+
+def read_manifest(folder: str | Path, kind: str = "pairs") -> dict:
+    """Raises InputError when there is none, it is damaged or it is of another kind."""
+    path, (noun, command, _) = Path(folder) / "manifest.json", KINDS[kind]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a folder of {noun} made by {command}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        for key in ("model", "size", "latent_shape", "count"):
+            manifest[key]
+        for entry in manifest["shards"]:
+            entry["file"], entry["sha256"], entry["first"] + entry["count"] + entry["bytes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, not the manifest of {noun} "
+                         f"({type(error).__name__}: {error})") from error
+    if kind_of(manifest) != kind:
+        raise InputError(f"{path}: of {kind_of(manifest)}; expected a folder of {noun} made by {command}")
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: dict) -> None:
+    with replacing(Path(folder) / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def write_shard(folder: str | Path, first: int, x_T: Tensor, x_0: Tensor, w: Tensor,
+                prompts: list[str]) -> dict:
+    """Write the pairs from index `first` on: the shard's entry for the manifest."""
+    return save_shard(folder, "pairs", first, dict(x_T=x_T, x_0=x_0, w=w), prompts)
+
+
+def save_shard(folder: str | Path, kind: str, first: int, tensors: dict[str, Tensor],
+               prompts: list[str]) -> dict:
+    """Write what a shard of this kind holds from index `first` on: its entry for the manifest."""
+    n = len(prompts)
+    path = Path(folder) / f"{kind}_{first:08d}-{first + n - 1:08d}.safetensors"
+    # Not in the file's metadata, whose order in the file differs from one writing to the next.
+    text = torch.frombuffer(bytearray(json.dumps(prompts).encode()), dtype=torch.uint8)
+    save_safetensors(path, tensors | dict(index=torch.arange(first, first + n), prompts=text))
+    return dict(file=path.name, first=first, count=n, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def shard_fault(folder: str | Path, manifest: dict, entry: dict, every_byte: bool = True) -> str:
+    """What is wrong with a finished shard, "" if nothing; without `every_byte` only size and header count."""
+    path, n = Path(folder) / entry["file"], entry["count"]
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.stat().st_size} bytes, expected {entry['bytes']}"
+    try:
+        tensors = open_tensors(path)
+    except InputError:
+        return "damaged header"
+    kind, latents = kind_of(manifest), (n, *manifest["latent_shape"])
+    expected = {name: (n,) if name == "w" else latents for name in KINDS[kind].tensors} | {"index": (n,)}
+    wrong = [name for name, shape in expected.items() if tensors.shapes.get(name) != shape]
+    if wrong or "prompts" not in tensors:
+        return f"another shape of {some(wrong or ['prompts'])}"
+    if every_byte and sha256(path) != entry["sha256"]:
+        return "its sha256 is not that of the manifest"
+    if every_byte and tensors["index"].tolist() != list(range(entry["first"], entry["first"] + n)):
+        return f"not the {kind} {entry['first']} to {entry['first'] + n - 1}"
+    return ""
+
+
+def resume_shards(folder: Path, kind: str, same: dict, count: int,
+                  size: int) -> tuple[dict, list[tuple[int, int]]]:
+    """(manifest with the shards that can stay, (first index, count) of each to make) for `count` pairs or
+    latents, `size` to a shard. `same`: the settings, as JSON gives them back; InputError for other ones."""
+    manifest = {"shards": []}
+    if (folder / "manifest.json").exists():
+        manifest = read_manifest(folder, kind)
+    elif any(folder.glob(f"{kind}_*-*.safetensors")):
+        raise InputError(f"{folder}: holds shards but no manifest.json; pass another --out")
+    changed = [f"{name} {value} (was {manifest.get(name)})" for name, value in same.items()
+               if manifest["shards"] and manifest.get(name) != value]
+    if changed:
+        raise InputError(f"{folder}: begun with other settings: {', '.join(changed)}; pass another --out "
+                         "or the flags and files that it was begun with")
+    stay = [entry for entry in manifest["shards"]
+            if not shard_fault(folder, manifest, entry, every_byte=False)]
+    done = {entry["first"]: entry["count"] for entry in stay}
+    todo = [(first, n) for first in range(0, count, size)
+            if done.get(first, 0) < (n := min(size, count - first))]
+    return same | {"count": count, "shards": stay}, todo
+
+
+def add_shard(folder: Path, manifest: dict, entry: dict) -> None:
+    """Name a shard in the manifest, in place of one that begins where it does."""
+    others = [other for other in manifest["shards"] if other["first"] != entry["first"]]
+    manifest["shards"] = sorted([*others, entry], key=lambda entry: entry["first"])
+    write_manifest(folder, manifest)
+
+
+def sweep_shards(folder: Path, manifest: dict) -> None:
+    """Remove what killed runs left half written, and shards that others have replaced."""
+    for path in folder.glob(f"{kind_of(manifest)}_*-*.safetensors*"):  # half-written ones end in .tmp
+        if path.name not in [entry["file"] for entry in manifest["shards"]]:
+            path.unlink()
+
+
+def verify_shards(folder: Path, kind: str) -> None:
+    """Check every byte. Damaged shards leave the manifest, so that the next run makes them again."""
+    manifest = read_manifest(folder, kind)
+    faults = {entry["file"]: fault for entry in tqdm(manifest["shards"], unit="shard", dynamic_ncols=True)
+              if (fault := shard_fault(folder, manifest, entry))}
+    manifest["shards"] = [entry for entry in manifest["shards"] if entry["file"] not in faults]
+    whole = sum(entry["count"] for entry in manifest["shards"])
+    found = f"{folder}: {whole} of {manifest['count']} {kind} are there and whole"
+    if faults:
+        write_manifest(folder, manifest)
+        found += "; damaged: " + ", ".join(f"{file} ({fault})" for file, fault in faults.items())
+    if faults or whole < manifest["count"]:
+        raise InputError(f"{found}; run again without --verify to make the others")
+    print(found)
+
+
+class Pairs:
+    """Finished ODE pairs, or latents, of a folder; `open_pairs` makes it. `total`: how many it will have."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest, self.kind = folder, manifest, KINDS[kind_of(manifest)]
+        self.shards, self.total = manifest["shards"], manifest["count"]
+        self.starts = [0, *accumulate(entry["count"] for entry in self.shards)]
+        self.opened: dict[int, Tensors] = {}
+        self.prompts: dict[int, list[str]] = {}  # of the shards whose bytes have been checked
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __str__(self) -> str:
+        height, width = self.manifest["size"]
+        unfinished = f" of {self.total}, not all collected yet" * (len(self) < self.total)
+        return (f"{self.folder}: {self.kind.noun} of {self.manifest['model']} at {height}x{width}, "
+                f"{len(self)}{unfinished}")
+
+    def shard(self, k: int) -> Tensors:
+        if k not in self.opened:
+            path = self.folder / self.shards[k]["file"]
+            fault = shard_fault(self.folder, self.manifest, self.shards[k], every_byte=k not in self.prompts)
+            if fault:
+                raise InputError(damaged(path, fault, self.kind))
+            if len(self.opened) >= 256:  # an open file each
+                self.opened.pop(next(iter(self.opened)))
+            self.opened[k] = open_tensors(path)
+            if k not in self.prompts:
+                self.prompts[k] = json.loads(self.opened[k]["prompts"].numpy().tobytes())
+        return self.opened[k]
+
+    def read(self, indices: list[int]) -> tuple[Tensor | list[str], ...]:
+        """(x_T and x_0 (B C h w or B T C h w), prompts), of latents (x_0, prompts); float32 on the CPU. An
+        index is a place in range(len).
+
+        Reads these only; the first time all of their shard, and raises InputError if it is damaged."""
+        latents = {name: [] for name in self.kind.tensors if name != "w"}
+        prompts = []
+        for i in indices:
+            i = range(len(self))[i]
+            k = bisect_right(self.starts, i) - 1
+            tensors, place = self.shard(k), i - self.starts[k]
+            for name in latents:
+                latents[name].append(tensors.rows(name, place, place + 1))
+            prompts.append(self.prompts[k][place])
+        return *(torch.cat(parts).float() for parts in latents.values()), prompts
+
+
+def damaged(path: Path, fault: str, kind: Kind) -> str:
+    return f"{path}: {fault}; `{kind.command} --verify --out {path.parent}` checks every shard"
+
+
+def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs") -> Pairs:
+    """The pairs in a folder of collect_odes.py, or the "latents" in one of models/job/latents.py. Raises
+    InputError for another model or size, when none is finished, and when a shard is missing or cut short; its
+    bytes are checked when it is first read."""
+    folder, manifest = Path(folder), read_manifest(folder, kind)
+    found, expected = (" x ".join(map(str, shape)) for shape in (manifest["latent_shape"], latent_shape))
+    if (manifest["model"], found) != (model, expected):
+        height, width = manifest["size"]
+        raise InputError(f"{folder}: {kind} of {manifest['model']} at {height}x{width}, latents {found}; "
+                         f"expected {model}, latents {expected}")
+    for entry in manifest["shards"]:
+        fault = shard_fault(folder, manifest, entry, every_byte=False)
+        if fault:
+            raise InputError(damaged(folder / entry["file"], fault, KINDS[kind]))
+    if not manifest["shards"]:
+        raise InputError(f"{folder}: 0 of {manifest['count']} {kind} are finished; "
+                         f"let {KINDS[kind].command} go on")
+    return Pairs(folder, manifest)

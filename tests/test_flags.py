@@ -1,0 +1,41 @@
+"""The flags of the scripts: headings, defaults, and that each of them does something."""
+import re
+
+import adm
+import adp
+import collect_odes
+import dmd
+import pytest
+import sample
+from conftest import ROOT
+
+SCRIPTS = {module.__name__: module for module in (adm, adp, collect_odes, dmd, sample)}
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_flags.py")
+
+
+def help_of(name, capsys):
+    with pytest.raises(SystemExit):
+        SCRIPTS[name].parse_args(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_and_has_a_test_that_sets_it(name):
+    """Read as args.NAME by the script or by what surrounds it, beyond the line that fills in its default."""
+    sources = "".join(path.read_text() for path in [ROOT / f"{name}.py", *(ROOT / "models" / "job").glob("*.py")])
+    used = set(re.findall(r"\bargs\.(\w+)\b(?! = )", sources)) | set(re.findall(r'trained\["(\w+)"\]', sources))
+    for flag in vars(SCRIPTS[name].parse_args([])):
+        assert flag in used, flag
+        assert f"--{flag.replace('_', '-')}" in TESTS, flag
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_headings_and_defaults(name, capsys):
+    text = help_of(name, capsys)
+    assert "model files:" in text and "memory and ranks:" in text and "(default: 0)" in text  # --seed
+    if name in ("adm", "adp", "dmd"):
+        headings = re.findall(r"^(\w[\w ]*):$", text, re.M)
+        assert headings == ["options", "model files", "memory and ranks", "algorithm", "run", "evaluation",
+                            "profiling"]
+        assert re.search(r"--lr-theta LR_THETA\s+learning rate of the generator \(default: the\s+preset's\)", text)
+        assert re.search(r"--save-every N\s+generator updates \(default: 500\)", text)
