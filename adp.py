@@ -64,9 +64,9 @@ def main(args):
     if lambda_2:
         D_tau2 = networks.new_pixel_discriminator(args, preset, mesh, device)
         tau |= {f"pixel.{name}": p for name, p in D_tau2.named_parameters()}
-    roles = dict(theta=(theta, adamw(theta, args.lr_theta)))
+    roles = dict(theta=(theta, adamw((theta, args.lr_theta))))
     if tau:
-        roles |= dict(tau=(tau, adamw(tau, args.lr_tau)))
+        roles |= dict(tau=(tau, adamw((tau, args.lr_tau))))
     job.start(**roles)
     job.count_evaluations(F_phi=F_phi, G_theta=G_theta)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)

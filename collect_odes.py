@@ -69,6 +69,7 @@ def settings(args, preset: Preset) -> dict:
                 precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
                 prompts=shards.sha256(args.prompts), checkpoint=fingerprint(source(args, preset).path),
                 text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
+    same |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
     same |= dict(frames=args.frames) if preset.frames else {}
     same |= dict(null_prompt=args.null_prompt) if args.null_prompt else {}
     return json.loads(json.dumps(same))

@@ -73,7 +73,7 @@ def from_run_folder(args) -> None:
 
 def export_notes(args) -> dict[str, str]:
     """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.predicts, ..."""
-    files = [path for path in (args.ckpt, args.lora) if path and path.is_file()]
+    files = [path for path in (args.ckpt, args.lora, args.motion_ckpt) if path and path.is_file()]
     return {key: value for path in files for key, value in open_tensors(path).metadata.items()
             if key.startswith("dmdx.")}
 
@@ -81,7 +81,7 @@ def export_notes(args) -> dict[str, str]:
 def checkpoint_name(args, repo: str) -> str:
     """Which weights a sample is of: file names, of a run's export the run folder's name."""
     names = [path.absolute().parent.name if path.name.startswith("generator") else path.absolute().name
-             for path in (args.ckpt, args.lora) if path]
+             for path in (args.ckpt, args.motion_ckpt, args.lora) if path]
     strength = f" x {args.lora_scale:g}" * bool(args.lora and args.lora_scale != 1)
     return " + ".join(names if args.ckpt else [repo, *names]) + strength
 
@@ -138,7 +138,8 @@ def main(args):
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net, family.names), args.lora_scale)
     F = Denoiser(net, metadata.get("dmdx.predicts", preset.predicts),
-                 metadata.get("dmdx.schedule", preset.schedule))
+                 metadata.get("dmdx.schedule", preset.schedule),
+                 renoise=metadata.get("dmdx.rollout") == "renoise")
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)

@@ -27,6 +27,7 @@ class Denoiser:
     predicts: str = "velocity"
     schedule: str = "flow"
     lora: tuple[str, ...] = ()
+    renoise: bool = False  # sampled with fresh noise between its steps, not along the ODE
 
     def __call__(self, x_t: Tensor, t: Tensor, c: tuple) -> Tensor:
         """The network's prediction at x_t, in the dtype of x_t (float32) whatever the network computes in."""

@@ -1,5 +1,7 @@
 """D_tau: trainable heads on the features of a frozen backbone (Secs. 4.1, 4.2, Apps. B.1, B.2).
 
+`VideoDiscriminator` is AVDM2's (Sec. 4.2 of that paper), one logit per clip.
+
 The backbone of the latent discriminator is the teacher's network itself, not a copy. That of ADP's pixel
 discriminator D_tau2 is a vision encoder, SAM or DINOv2. Both are held in objects that are no nn.Module, so
 that parameters(), state_dict() and FSDP see only the heads. The file stands alone: torch.
@@ -49,6 +51,13 @@ class Head2d(nn.Module):
         return self.logit(self.shrink(x.to(self.logit.weight.dtype))).float().mean((1, 2, 3))
 
 
+def shrink_3d(channels: int, width: int) -> list[nn.Module]:
+    """3x3x3 conv, GroupNorm 32, SiLU, 3x3 conv stride 2 in each frame, GroupNorm 32, SiLU."""
+    return [nn.Conv3d(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU(),
+            nn.Conv3d(width, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            nn.GroupNorm(32, width), nn.SiLU()]
+
+
 class Head3d(nn.Module):
     """n x [3x3x3 conv, GroupNorm 32, SiLU, 3x3 conv stride 2 in each frame, GroupNorm 32, SiLU], 1x1x1 conv
     to one channel (App. B.2): (B D T h w) -> (B,). The number of frames stays. The paper names one norm
@@ -58,10 +67,7 @@ class Head3d(nn.Module):
         super().__init__()
         layers = []
         for i in range(shrink_count(short_side)):
-            layers += [nn.Conv3d(width if i else channels, width, 3, padding=1),
-                       nn.GroupNorm(32, width), nn.SiLU(),
-                       nn.Conv3d(width, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
-                       nn.GroupNorm(32, width), nn.SiLU()]
+            layers += shrink_3d(width if i else channels, width)
         self.shrink = nn.Sequential(*layers)
         self.logit = nn.Conv3d(width if layers else channels, 1, 1)
 
@@ -94,6 +100,45 @@ class Discriminator(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits (heads B), float32: one of each head and sample."""  # [choice]
         return torch.stack([head(h) for head, h in zip(self.heads, features)])
+
+
+class Branch3d(nn.Module):
+    """A map (B D T h w) -> (B width T h' w'), `count` times halved; with none, one 3x3x3 conv, GroupNorm, SiLU."""
+
+    def __init__(self, channels: int, count: int, width: int):
+        super().__init__()
+        layers = [] if count else shrink_3d(channels, width)[:3]
+        for i in range(count):
+            layers += shrink_3d(width if i else channels, width)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.to(self.layers[0].weight.dtype))
+
+
+class VideoDiscriminator(nn.Module):
+    """AVDM2's discriminator: the maps of three scales, shrunk to the size of the smallest, one 3x3x3 conv on
+    all of them, and the mean over space and time. Arguments as Discriminator's."""  # [choice]
+
+    def __init__(self, F_phi, taps: tuple, map_shapes: list[tuple[int, ...]], width: int = 256):
+        super().__init__()
+        self.F_phi = F_phi
+        self.taps = taps
+        smallest = min(min(shape[-2:]) for shape in map_shapes)
+        counts = [(min(shape[-2:]) // smallest).bit_length() - 1 for shape in map_shapes]
+        self.branches = nn.ModuleList(Branch3d(shape[0], count, width)
+                                      for shape, count in zip(map_shapes, counts))
+        self.final = nn.Conv3d(len(counts) * width, 1, 3, padding=1)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.branches, self.final]
+
+    features = Discriminator.features
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Logits (1 B), float32."""
+        maps = torch.cat([branch(h) for branch, h in zip(self.branches, features)], dim=1)
+        return self.final(maps).float().mean((1, 2, 3, 4))[None]
 
 
 class PixelDiscriminator(nn.Module):

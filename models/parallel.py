@@ -206,12 +206,14 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 # ---- updates -----------------------------------------------------------------------------------------------
 
-def adamw(params: dict[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW of App. B.5: betas (0, 0.99), no weight decay. Its state is made here and not at the first step:
-    it can be saved and resumed at any time. Fused: one kernel, where a loop over sharded tensors takes as
-    long as a tiny network, and over offloaded ones would use one core."""
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    for p in params.values():
+def adamw(*groups: tuple[dict[str, nn.Parameter], float], betas: tuple[float, float] = (0.0, 0.99),
+          weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW on groups of (parameters, learning rate), by default with the settings of App. B.5. Its state is
+    made here and not at the first step: it can be saved and resumed at any time. Fused: one kernel, where a
+    loop over sharded tensors takes as long as a tiny network, and over offloaded ones would use one core."""
+    rates = [dict(params=params.values(), lr=lr, initial_lr=lr) for params, lr in groups]
+    opt = torch.optim.AdamW(rates, betas=betas, weight_decay=weight_decay, fused=True)
+    for p in (p for params, _ in groups for p in params.values()):
         opt.state[p] = {"step": torch.zeros((), device=p.device),
                         "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return opt
@@ -222,14 +224,16 @@ def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
         p.requires_grad_(on)
 
 
-def update(opt: torch.optim.Optimizer, loss: Tensor) -> tuple[float, float]:
-    """Step and clear the gradients that `loss` (detached, this rank's mean) left: (loss over all ranks,
-    gradient norm). A non-finite loss or norm skips the step on every rank alike; the caller sees it in the
+def update(opt: torch.optim.Optimizer, loss: Tensor, warmup: float = 1.0) -> tuple[float, float]:
+    """Step, at `warmup` times the learning rates, and clear the gradients that `loss` (detached, this rank's
+    mean) left: (loss over all ranks, gradient norm). A non-finite loss or norm skips the step on every rank alike; the caller sees it in the
     returned values."""
     grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm(grads) if grads else torch.zeros(())
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, = mean_over_ranks([loss])
+    for group in opt.param_groups:
+        group["lr"] = warmup * group["initial_lr"]
     if math.isfinite(loss) and math.isfinite(norm):
         opt.step()
     opt.zero_grad(set_to_none=True)

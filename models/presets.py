@@ -54,6 +54,14 @@ class Preset(NamedTuple):
     evaluate: int                       # samples in the closing comparison of teacher and student
     data: str = ""                      # module of models/eval that draws the data and reads it exactly
     frames: int = 0                     # of a video; 0: images
+    # AnimateDiff and AVDM2 (Sec. 5.1 of that paper)
+    motion_ckpt: Path | None = None     # local motion file; None: `motion_file` of the repository `motion_repo`
+    motion_repo: str = ""
+    motion_file: str = ""
+    base_2d: str = ""                   # row of the model that its single frames are of
+    lr_motion: float = 0.0              # of the generator's motion modules; lr_theta is its UNet's
+    lambdas: tuple[float, float] = (1.0, 5e-3)  # [choice] weights of score matching and of the GAN, Eq. (9)
+    warmup: int = 0                     # [choice] passes until the learning rates are whole
 
 
 PROMPTS = (
@@ -120,6 +128,15 @@ SDXL = SD3._replace(
     latent_channels=4, vae=SD3.vae | dict(z_channels=4, quant=True, shift=0.0, scale=0.13025), t5_length=0,
     shift=1.0, teacher_steps=25, steps=1, lora_rank=0, lr_theta=1e-7)
 
+SD15 = SDXL._replace(
+    family="sd15",
+    config=dict(model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=2, depth=(1, 1, 1, 0),
+                middle_depth=1, context_dim=768, vector_dim=None, in_channels=4, linear=False, heads=8,
+                groups=32),
+    repo="SG161222/Realistic_Vision_V5.1_noVAE", file="Realistic_Vision_V5.1.safetensors",
+    tokenizers="SG161222/Realistic_Vision_V5.1_noVAE", vae=SDXL.vae | dict(scale=0.18215),
+    size=(512, 512), teacher_cfg=7.5, steps=4, cfg=(7.5, 7.5))
+
 VIDEO_PROMPTS = (
     "A potter's hands shape a tall vase of wet clay on a spinning wheel, close-up, warm window light.",
     "A red fox trots through a snowy birch forest at dawn, the camera gliding beside it.",
@@ -139,6 +156,12 @@ COGVIDEOX_2B = SD3._replace(
     steps=8, cfg=(5.0, 7.0), lora_rank=0, lr_theta=1e-7, batch_size=8, micro_batch=1,
     sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=49)
 
+ANIMATEDIFF = SD15._replace(
+    family="animatediff", config=SD15.config | dict(motion_mid=True), schedule="animatediff",
+    motion_repo="guoyww/animatediff", motion_file="mm_sd_v15_v2.ckpt", base_2d="sd1.5",
+    lr_theta=4e-6, lr_motion=2e-5, lr_psi=2e-5, lr_tau=2e-5, warmup=500, batch_size=16, micro_batch=2,
+    max_iter=5000, decode_batch=1, sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=16)
+
 PRESETS = {
     "sdxl": SDXL,
     "sd3-medium": SD3,
@@ -148,6 +171,10 @@ PRESETS = {
         config=COGVIDEOX_2B.config | dict(depth=42, heads=48, rotary=True),
         repo="zai-org/CogVideoX-5b", tokenizers="zai-org/CogVideoX-5b", schedule="cogvideox-5b",
         vae=COGVIDEOX_2B.vae | dict(scale=0.7)),
+    "sd1.5": SD15,
+    "animatediff": ANIMATEDIFF,
+    "animatediff-v3": ANIMATEDIFF._replace(
+        config=ANIMATEDIFF.config | dict(motion_mid=False), motion_file="v3_sd15_mm.ckpt"),
     # Not in the paper: SD3.5-Large's guidance range, SD3-Medium's LoRA and learning rate.  # [choice]
     "sd3.5-medium": SD35._replace(
         config=SD3.config | dict(pos_grid=384, qk_norm=True, attn2=tuple(range(13))),
@@ -194,3 +221,19 @@ PRESETS["tiny-cogvideox"] = COGVIDEOX_2B._replace(
     max_iter=300, head_width=64, decode_batch=16,
     prompts=HERE / "tiny" / "cogvideox" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=512,
     data="moving_shapes")
+
+# 9 frames of 32 x 32 as models/tiny/animatediff.py makes them: the frames' model, and with motion modules.
+PRESETS["tiny-sd15"] = SD15._replace(
+    config=dict(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, depth=(1, 1, 0), middle_depth=1,
+                context_dim=64, vector_dim=None, in_channels=4, linear=False, heads=4, groups=8),
+    ckpt=HERE / "tiny" / "animatediff" / "tiny_sd15.safetensors", repo="", file="tiny_sd15.safetensors",
+    tokenizers=str(HERE / "tiny" / "animatediff"), vae_factor=4, vae=TINY.vae | dict(quant=True),
+    clip_length=12, size=(32, 32), teacher_cfg=3.0, cfg=(3.0, 3.0),
+    lr_theta=5e-5, lr_psi=5e-4, lr_tau=1e-3, batch_size=16, micro_batch=16, no_checkpointing=True,
+    max_iter=150, head_width=64, decode_batch=16,
+    prompts=HERE / "tiny" / "animatediff" / "prompts.txt", sample_prompts=TINY_VIDEO_PROMPTS, evaluate=256)
+PRESETS["tiny-animatediff"] = PRESETS["tiny-sd15"]._replace(
+    family="animatediff", config=PRESETS["tiny-sd15"].config | dict(motion_mid=True, motion_heads=4),
+    schedule="animatediff", motion_ckpt=HERE / "tiny" / "animatediff" / "tiny_mm.safetensors",
+    motion_file="tiny_mm.safetensors", base_2d="tiny-sd15", lr_motion=2e-4, warmup=20, batch_size=8,
+    micro_batch=8, frames=9, data="moving_shapes")

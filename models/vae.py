@@ -165,6 +165,21 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z), checkpoint)
 
 
+class FramesVAE(AutoencoderKL):
+    """The same of videos (B T 3 H W) <-> (B T Z h w), AT_ONCE of their frames at a time, or of pictures."""
+    AT_ONCE = 4  # at 512 x 512 pixels each costs a gigabyte
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        frames = super().moments
+        parts = [frames(part) for part in video.flatten(0, -4).split(self.AT_ONCE)]
+        return tuple(torch.cat(part).unflatten(0, video.shape[:-3]) for part in zip(*parts))
+
+    def decode(self, latent: Tensor, checkpoint: bool = False) -> Tensor:
+        frames = super().decode
+        parts = [frames(part, checkpoint) for part in latent.flatten(0, -4).split(self.AT_ONCE)]
+        return torch.cat(parts).unflatten(0, latent.shape[:-3])
+
+
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict:
     """Arguments of AutoencoderKL from the shapes of a checkpoint's tensors (prefix stripped). They do not
     tell shift, scale and groups. Raises ValueError where the names are not those of the original layout."""

@@ -15,8 +15,8 @@ mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=expandable_segments:True
 CHECK="$PYTHON tests/gpu_check.py"
-SD3=sd3-medium SDXL=sdxl COG=cogvideox-2b LORA="" LIMIT=""
-[ "$DRY" ] && SD3=tiny-sd3 SDXL=tiny-sdxl COG=tiny-cogvideox LORA="--lora-rank 8" LIMIT=600 BUDGET=7200
+SD3=sd3-medium SDXL=sdxl COG=cogvideox-2b AD=animatediff LORA="" LIMIT=""
+[ "$DRY" ] && SD3=tiny-sd3 SDXL=tiny-sdxl COG=tiny-cogvideox AD=tiny-animatediff LORA="--lora-rank 8" LIMIT=600 BUDGET=7200
 
 left() { echo $((BUDGET - 15 - $(date +%s) + START)); }  # 15 seconds for the table
 
@@ -50,6 +50,8 @@ step sdxl_adm_m4_offload 110 $(profile adm $SDXL 4) --offload
 step sdxl_adp_m4_offload 80 $(profile adp $SDXL 4) --offload
 step sd3_lora_m4 45 $(profile adm $SD3 4) $LORA
 step cogvideox_m1 75 $(profile adm $COG 1)
+step avdm2_m2 75 $(profile avdm2 $AD 2)
+step avdm2_video_m2 75 $(profile avdm2 $AD 2) --sdm video
 step mmdit 45 $CHECK mmdit
 step margins 60 $CHECK margins "$RUNS"
 step resume 70 $CHECK resume "$RUNS"

@@ -38,10 +38,10 @@ def spy(monkeypatch, on_update):
         roles.append(run_trainables(role))
         return roles[-1]
 
-    def update(opt, loss):
+    def update(opt, loss, warmup):
         mine = {id(p) for group in opt.param_groups for p in group["params"]}
         index = next(i for i, params in enumerate(roles) if {id(p) for p in params.values()} == mine)
-        return on_update(("psi", "theta", "tau")[index], roles, lambda: original(opt, loss))
+        return on_update(("psi", "theta", "tau")[index], roles, lambda: original(opt, loss, warmup))
     run_trainables = networks.trainables
     monkeypatch.setattr(networks, "trainables", trainables)
     monkeypatch.setattr(log, "update", update)

@@ -277,16 +277,16 @@ def spy(monkeypatch, on_update):
     """Call on_update(role, roles, step) in place of every update; roles: name -> parameters."""
     roles, original, optimizer = {}, log_module.update, adp.adamw
 
-    def adamw(params, lr):
+    def adamw(group):
         if len(roles) == 2:  # another run in the same test
             roles.clear()
-        roles[("theta", "tau")[len(roles)]] = params
-        return optimizer(params, lr)
+        roles[("theta", "tau")[len(roles)]] = group[0]
+        return optimizer(group)
 
-    def update(opt, loss):
+    def update(opt, loss, warmup):
         mine = {id(p) for group in opt.param_groups for p in group["params"]}
         role = next(name for name, params in roles.items() if {id(p) for p in params.values()} == mine)
-        return on_update(role, roles, lambda: original(opt, loss))
+        return on_update(role, roles, lambda: original(opt, loss, warmup))
     monkeypatch.setattr(adp, "adamw", adamw)
     monkeypatch.setattr(log_module, "update", update)
 

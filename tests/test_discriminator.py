@@ -19,9 +19,17 @@ from transformers import (
 )
 
 from models.checkpoint import InputError, Tensors, open_tensors
+from models.animatediff import AnimateDiff
 from models.cogvideox import CogVideoX
 from models.diffusion import Denoiser
-from models.discriminator import Discriminator, Head3d, PixelDiscriminator, hinge, shrink_count
+from models.discriminator import (
+    Discriminator,
+    Head3d,
+    PixelDiscriminator,
+    VideoDiscriminator,
+    hinge,
+    shrink_count,
+)
 from models.mmdit import MMDiT, config_from_shapes
 from models.presets import PRESETS
 from models.vision import dinov2_encoder, load_vision, original_name, sam_encoder
@@ -124,6 +132,80 @@ def test_a_3d_head_shrinks_pictures_and_keeps_frames():
     assert head.shrink(x).shape == (2, 32, 3, 4, 5) and head(x).shape == (2,)
     head(x)[0].backward()
     assert x.grad[0].abs().amax((0, 2, 3)).min() > 0 and x.grad[1].abs().max() == 0  # every frame; no neighbour
+
+
+def video_discriminator(name, size, frames, width):
+    """AVDM2's, on a teacher of a preset's architecture with random weights."""
+    row = PRESETS[name]
+    net = AnimateDiff(**row.config).requires_grad_(False)
+    taps = net.tap_shapes(frames, row.latent_channels, *size)
+    return VideoDiscriminator(Denoiser(net), tuple(taps), list(taps.values()), width), taps
+
+
+def test_avdm2s_discriminator_at_full_size():
+    with torch.device("meta"):
+        D_tau, taps = video_discriminator("animatediff", (64, 64), 16, PRESETS["animatediff"].head_width)
+        maps = [torch.empty(2, *shape) for shape in taps.values()]
+        branches = [branch(m) for branch, m in zip(D_tau.branches, maps)]
+        assert D_tau(maps).shape == (1, 2)
+    assert list(taps) == ["down.1", "down.2", "mid"]
+    assert [tuple(m.shape) for m in branches] == [(2, 256, 16, 8, 8)] * 3
+    counts = [sum(p.numel() for p in module.parameters()) for module in D_tau.blocks()]
+    assert counts == [7_375_872, 9_438_720, 8_848_128, 20_737]
+    assert sum(p.numel() for p in D_tau.parameters()) == sum(counts) == 25_683_457
+    convs = [[(m.kernel_size, m.stride) for m in branch.modules() if isinstance(m, nn.Conv3d)]
+             for branch in D_tau.branches]
+    unit = [((3, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2))]
+    assert convs == [2 * unit, unit, unit[:1]]
+
+
+def tiny_video_discriminator():
+    """Its motion modules, at the start identities, are made to act."""
+    D_tau, _ = video_discriminator("tiny-animatediff", (8, 8), 4, 32)
+    for name, p in D_tau.F_phi.net.named_parameters():
+        if name.endswith("temporal_transformer.proj_out.weight"):
+            nn.init.normal_(p, std=0.1)
+    return D_tau
+
+
+def clips(B):
+    """(still, moving) clips of one set of pictures: the moving ones turn by a pixel a frame."""
+    x = torch.randn(B, 1, 4, 8, 8)
+    return x.repeat(1, 4, 1, 1, 1), torch.cat([x.roll(i, dims=-1) for i in range(4)], dim=1)
+
+
+def test_every_branch_of_avdm2s_discriminator_is_reached():
+    D_tau, t, c = tiny_video_discriminator(), torch.tensor([0.2, 0.4]), (torch.randn(2, 5, 64), torch.zeros(2, 0))
+    x = clips(2)[1].requires_grad_()
+    logits = D_tau(D_tau.features(x, t, c))
+    assert logits.shape == (1, 2) and logits.dtype == torch.float32
+    grad, = torch.autograd.grad(logits[0, 1], x, retain_graph=True)
+    assert grad[0].abs().max() == 0 and grad[1].abs().amax((1, 2, 3)).min() > 0  # no neighbour; every frame
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in D_tau.parameters())
+    assert all(p.grad is None for p in D_tau.F_phi.net.parameters())
+    assert {name.split(".")[0] for name in D_tau.state_dict()} == {"branches", "final"}
+    with torch.no_grad():
+        other_time = D_tau(D_tau.features(x, 1 - t, c))
+        other_prompt = D_tau(D_tau.features(x, t, (c[0].flip(0), c[1])))
+    assert (logits != other_time).all() and (logits != other_prompt).all()
+
+
+def test_avdm2s_discriminator_learns_to_tell_still_from_moving_clips():
+    """The pictures are the same: it sees time."""
+    D_tau, t, c = tiny_video_discriminator(), torch.full((8,), 0.1), (torch.zeros(8, 5, 64), torch.zeros(8, 0))
+
+    def logits():  # of fresh clips
+        with torch.no_grad():
+            maps = [D_tau.features(x, t, c) for x in clips(8)]
+        return [D_tau(h) for h in maps]
+    opt = torch.optim.AdamW(D_tau.parameters(), lr=2e-3)
+    for _ in range(20):
+        still, moving = logits()
+        (nn.functional.softplus(still).mean() + nn.functional.softplus(-moving).mean()).backward()
+        opt.step(), opt.zero_grad()
+    still, moving = logits()
+    assert (moving.mean() - still.mean()).item() > 1  # at the start 0.0
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------

@@ -1,16 +1,26 @@
 """The flags of the scripts: headings, defaults, and that each of them does something."""
+import argparse
 import re
 
 import adm
 import adp
+import avdm2
 import collect_odes
 import dmd
 import pytest
 import sample
 from conftest import ROOT
 
-SCRIPTS = {module.__name__: module for module in (adm, adp, collect_odes, dmd, sample)}
+SCRIPTS = {module.__name__: module for module in (adm, adp, avdm2, collect_odes, dmd, sample)}
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_flags.py")
+
+
+def flags_of(name):
+    """The flags of a script, as argparse keeps them: `dest` is not always the flag's name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: parser)
+        parser = SCRIPTS[name].parse_args([])
+    return [action for action in parser._actions if action.dest != "help"]
 
 
 def help_of(name, capsys):
@@ -24,18 +34,18 @@ def test_every_flag_is_read_and_has_a_test_that_sets_it(name):
     """Read as args.NAME by the script or by what surrounds it, beyond the line that fills in its default."""
     sources = "".join(path.read_text() for path in [ROOT / f"{name}.py", *(ROOT / "models" / "job").glob("*.py")])
     used = set(re.findall(r"\bargs\.(\w+)\b(?! = )", sources)) | set(re.findall(r'trained\["(\w+)"\]', sources))
-    for flag in vars(SCRIPTS[name].parse_args([])):
-        assert flag in used, flag
-        assert f"--{flag.replace('_', '-')}" in TESTS, flag
+    for flag in flags_of(name):
+        assert flag.dest in used, flag.dest
+        assert re.search(rf"""["' ]{flag.option_strings[0]}["' ]""", TESTS), flag.option_strings
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_headings_and_defaults(name, capsys):
     text = help_of(name, capsys)
     assert "model files:" in text and "memory and ranks:" in text and "(default: 0)" in text  # --seed
-    if name in ("adm", "adp", "dmd"):
+    if name in ("adm", "adp", "avdm2", "dmd"):
         headings = re.findall(r"^(\w[\w ]*):$", text, re.M)
         assert headings == ["options", "model files", "memory and ranks", "algorithm", "run", "evaluation",
-                            "profiling"]
+                            "profiling", *["real clips"] * (name == "avdm2")]
         assert re.search(r"--lr-theta LR_THETA\s+learning rate of the generator \(default: the\s+preset's\)", text)
         assert re.search(r"--save-every N\s+generator updates \(default: 500\)", text)

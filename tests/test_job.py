@@ -362,9 +362,9 @@ def history(count, **changed):
 
 
 @pytest.mark.parametrize("rows, words", [
-    (history(100), "margin +0.0300 hinge 1.970 x_0 +0.000 +- 1.000 health: good"),
+    (history(100), "margin +0.0300 loss_tau 1.970 x_0 +0.000 +- 1.000 health: good"),
     (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell fake from real"),
-    (history(100, loss_tau=1e-3), "health: D has won: the hinge is at 0"),
+    (history(100, loss_tau=1e-3), "health: D has won: its loss is 0"),
     (history(100, x_0_std=lambda place: 1 + place), "health: x_0's deviation changed 2.00-fold over 100 iterations"),
     (history(100, x_0_std=lambda place: 1 - place / 2), "health: x_0's deviation changed 0.50-fold over 100 iterations"),
     (history(100, x_0_std=lambda place: float("nan")), "health: x_0's deviation changed nan-fold"),
@@ -393,7 +393,7 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
             log.record |= {f"loss_{role}": 2.0, f"grad_norm_{role}": 1.0}
         log.add(margin=torch.tensor([0.5, 0.7]), x_0_mean=torch.tensor(0.0), x_0_std=torch.tensor(1.0))
         assert not job.end(log, i)
-    assert lines == [f"{i}: margin +0.6000 hinge 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
+    assert lines == [f"{i}: margin +0.6000 loss_tau 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4]], ids=["full", "fake-lora"])

@@ -29,7 +29,7 @@ def roles(seed=0):
     """A small layer and its optimizer, after one step."""
     torch.manual_seed(seed)
     params = dict(nn.Linear(3, 5).named_parameters())
-    opt = adamw(params, 0.1)
+    opt = adamw((params, 0.1))
     sum(p.square().sum() for p in params.values()).backward()
     opt.step()
     return {"theta": (params, opt)}

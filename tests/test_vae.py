@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, from_recipe, golden, read_golden
 
-from models.vae import AutoencoderKL, config_from_shapes
+from models.vae import AutoencoderKL, FramesVAE, config_from_shapes
 
 # The references differ from their own float64 runs by less than 1.5e-5; a wrong padding or eps by over 1e-2.
 TOLERANCE = 1e-4
@@ -140,6 +140,31 @@ def test_two_levels_and_gradients():
     for plain, recomputed in zip(*grads):
         torch.testing.assert_close(plain, recomputed, atol=0, rtol=0)  # the same operations in the same order
     assert grads[0][1].abs().max() > 0
+
+
+def test_frames_are_coded_one_by_one(monkeypatch):
+    """As pictures are, however many at once; eps is each frame's own, and gradients reach every frame."""
+    config = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, shift=0.1, scale=2.0, quant=True)
+    frames, plain = FramesVAE(**config), AutoencoderKL(**config)
+    plain.load_state_dict(frames.state_dict())
+    video, eps = torch.randn(2, 3, 3, 8, 12), torch.randn(2, 3, 4, 4, 6)
+    latent, image = plain.encode(video.flatten(0, 1), eps.flatten(0, 1)), torch.randn(2, 3, 8, 12)
+    decoded = plain.decode(latent).unflatten(0, (2, 3))
+    latent = latent.unflatten(0, (2, 3))
+    for at_once in (1, 4, 100):
+        monkeypatch.setattr(FramesVAE, "AT_ONCE", at_once)
+        near(frames.encode(video, eps), latent)
+        near(frames.encode(image, eps[:, 0]), plain.encode(image, eps[:, 0]))
+        leaf = latent.detach().requires_grad_()
+        near(frames.decode(leaf), decoded)
+        near(frames.decode(leaf[:, 1]), decoded[:, 1])
+        grad, = torch.autograd.grad(frames.decode(leaf, checkpoint=True)[0, 2].square().sum(), leaf)
+        assert torch.equal(grad.abs().amax((2, 3, 4)) > 0, torch.tensor([[False, False, True], [False] * 3]))
+        sizes = []
+        hook = frames.decoder.register_forward_hook(lambda _, x, __: sizes.append(len(x[0])))
+        frames.decode(leaf)
+        hook.remove()
+        assert sizes == {1: [1] * 6, 4: [4, 2], 100: [6]}[at_once]
 
 
 def test_logvar_is_clamped():

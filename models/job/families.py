@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from models import cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae
+from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae
 from models.checkpoint import InputError, Tensors, find, open_tensors
+from models.job.motion import base_tensors, merged, motion_tensors
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
-from models.text import CogVideoXText, SD3Text, SDXLText
+from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText
 from models.text_encoders import hub_tensors, load_tokenizers, t5_tensors, text_parts
 
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # groups of a single file
+MOTION = "motion_module.safetensors"  # beside an exported generator.safetensors of AnimateDiff
 
 
 class Family(NamedTuple):
@@ -38,6 +40,7 @@ class Family(NamedTuple):
     names: diffusers_names.Names | None  # of linear layers in LoRA files; None: no adapters
     frames_per_latent: int = 1          # of a video
     frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
+    max_frames: int | None = None
     fps: int = 8
 
 
@@ -46,14 +49,16 @@ def source(args, preset: Preset) -> Tensors:
     return open_tensors(find(preset.file, args.ckpt, preset.repo))
 
 
-# ---- single files: SD3, SDXL -------------------------------------------------------------------------------
+# ---- single files: SD3, SDXL, SD1.5 -------------------------------------------------------------------------------
 
 def open_single_denoiser(args, preset: Preset, init: Path | None) -> Tensors:
     return (open_tensors(init) if init else source(args, preset)).group(DENOISER)
 
 
 def open_single_vae(args, preset: Preset) -> Tensors:
-    return (open_tensors(args.vae_ckpt) if args.vae_ckpt else source(args, preset)).group(VAE)
+    tensors = open_tensors(args.vae_ckpt) if args.vae_ckpt else source(args, preset)
+    alone = args.vae_ckpt and "decoder.conv_in.weight" in tensors  # as vae-ft-mse-840000 is published
+    return tensors if alone else tensors.group(VAE)
 
 
 def single_parts(args, preset: Preset) -> tuple[dict[str, Tensors], Path]:
@@ -89,13 +94,41 @@ def new_sdxl_text(args, preset: Preset, device: torch.device) -> tuple[SDXLText,
     return SDXLText(parts, load_tokenizers(args.tokenizers, t5=False), tuple(args.size), device=device), parts
 
 
+def new_sd15_text(args, preset: Preset, device: torch.device) -> tuple[SD15Text, dict[str, Tensors]]:
+    parts, _ = single_parts(args, preset)
+    return SD15Text(parts, load_tokenizers(args.tokenizers, t5=False), device=device), parts
+
+
 def beside_single(ckpt: Path, preset: Preset, flag: str) -> Path | None:
     return ckpt.parent if flag == "text_ckpt" and (ckpt.parent / "text_encoders").is_dir() else None
+
+
+def unet_sides(preset: Preset) -> tuple[int, None]:
+    return preset.vae_factor * 2 ** (len(preset.config["channel_mult"]) - 1), None
 
 
 def mmdit_sides(preset: Preset) -> tuple[int, int]:
     multiple = preset.vae_factor * preset.config["patch"]
     return multiple, multiple * preset.config["pos_grid"]
+
+
+# ---- two files: AnimateDiff --------------------------------------------------------------------------------
+
+def open_sd15(args, preset: Preset, init: Path | None) -> Tensors:
+    return base_tensors(open_tensors(init) if init else source(args, preset))
+
+
+def open_animatediff(args, preset: Preset, init: Path | None) -> Tensors:
+    """The UNet and the motion modules: an exported generator's are beside it."""
+    base = open_sd15(args, preset, init)
+    exported = (init or base.path).with_name(MOTION)
+    if init or not args.motion_ckpt and "dmdx.steps" in base.metadata:
+        path = find(MOTION, exported, "", advice=f"{base.path} is a generator whose motion modules are in "
+                    f"{MOTION} beside it, or in --motion-ckpt FILE")
+    else:
+        path = find(preset.motion_file, args.motion_ckpt or preset.motion_ckpt, preset.motion_repo,
+                    advice=f"--motion-ckpt FILE takes a local {preset.motion_file}")
+    return merged(base, motion_tensors(open_tensors(path)))
 
 
 # ---- folders: CogVideoX ------------------------------------------------------------------------------------
@@ -156,8 +189,21 @@ FAMILIES = {
         beside=beside_single,
         condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]),
                                          (preset.config["vector_dim"],)),
-        sides=lambda preset: (preset.vae_factor * 2 ** (len(preset.config["channel_mult"]) - 1), None),
-        single_file=True, flags=(), names=None),
+        sides=unet_sides, single_file=True, flags=(), names=None),
+    "sd15": Family(
+        network=sdxl_unet.UNet, config_from_shapes=sdxl_unet.config_from_shapes,
+        vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
+        open_denoiser=open_sd15, open_vae=open_single_vae, new_text=new_sd15_text, beside=beside_single,
+        condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
+        sides=unet_sides, single_file=True, flags=(), names=None),
+    "animatediff": Family(
+        network=animatediff.AnimateDiff, config_from_shapes=animatediff.config_from_shapes,
+        vae=vae.FramesVAE, vae_config_from_shapes=vae.config_from_shapes,
+        open_denoiser=open_animatediff, open_vae=open_single_vae, new_text=new_sd15_text,
+        beside=beside_single,
+        condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
+        sides=unet_sides, single_file=True, flags=("motion_ckpt",), names=None,
+        frame_step=1, max_frames=animatediff.MAX_FRAMES),
     "cogvideox": Family(
         network=cogvideox.CogVideoX, config_from_shapes=cogvideox.config_from_shapes,
         vae=cogvideox_vae.CogVideoXVAE, vae_config_from_shapes=cogvideox_vae.config_from_shapes,

@@ -36,6 +36,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("model files").add_argument
     add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
     add("--ckpt", type=Path, help="original single file, or CogVideoX's folder; else the Hugging Face hub's")
+    add("--motion-ckpt", type=Path, help="AnimateDiff's motion modules, as mm_sd_v15_v2.ckpt")
     add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout; "
         "CogVideoX: folder or file of T5")
     add("--vae-ckpt", type=Path, help="file or folder of the VAE, where it is not in or beside --ckpt")
@@ -119,8 +120,8 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     sequence-parallel ranks that the model cannot take."""
     preset = PRESETS[args.model]
     family = FAMILIES[preset.family]
-    for name, absent in (("no_t5", (False,)), ("null_prompt", (None,)), ("sequence_parallel", (1,)),
-                         ("context_parallel", (None, 1))):
+    for name, absent in (("no_t5", (False,)), ("motion_ckpt", (None,)), ("null_prompt", (None,)),
+                         ("sequence_parallel", (1,)), ("context_parallel", (None, 1))):
         value = getattr(args, name)
         if value not in absent and name not in family.flags:
             given = f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
@@ -153,6 +154,9 @@ def check_frames(args: argparse.Namespace, preset: Preset, family: Family) -> No
         return
     if not family.frame_step:
         raise InputError(f"--frames {args.frames}: {args.model} makes images; expected no --frames")
+    if family.max_frames and not 1 <= args.frames <= family.max_frames:
+        raise InputError(f"--frames {args.frames}: {args.model} takes 1 to {family.max_frames} frames; its own "
+                         f"are {preset.frames}")
     if args.frames < 1 or (args.frames - 1) % family.frame_step:
         works = [family.frame_step * k + 1 for k in (1, 2, 3)]
         raise InputError(f"--frames {args.frames}: {args.model} takes {family.frame_step} k + 1 frames: 1, "
@@ -174,7 +178,8 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
                                  max_iter=preset.adp_max_iter)
     resolve_model(args)
-    fill(args, preset)
+    # Not motion_ckpt: where it is left out, a generator as --ckpt comes with its own motion modules.
+    fill(args, preset, tuple(name for name in Preset._fields if name != "motion_ckpt"))
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter

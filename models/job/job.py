@@ -60,6 +60,8 @@ class Job:
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
         self.text, self.vae, self.scorers = None, None, {}
+        # With --videos: what was wrong with this rank's first bad ones, and how many it met in this iteration.
+        self.faults, self.bad_videos = None, 0
         if args.random_weights:
             if script == "adp":  # the only one to decode while it trains
                 self.vae = load_vae(args, preset, device)
@@ -113,9 +115,10 @@ class Job:
         """Write config.json, or resume; say what is trained. roles: log name -> (parameters, optimizer)."""
         self.roles, args = roles, self.args
         for role, (params, opt) in roles.items():
-            stuck, total = count_stuck(list(params.values()), opt.param_groups[0]["lr"])
-            print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {opt.param_groups[0]['lr']:g}; a change "
-                   f"of that size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
+            for group in opt.param_groups:
+                stuck, total = count_stuck(group["params"], group["lr"])
+                print0(f"{role}: {total / 1e6:.2f} M weights trained, lr {group['lr']:g}; a change of that "
+                       f"size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
         rank, usual = getattr(args, "lora_rank", self.preset.lora_rank), self.preset.lora_rank
         if bool(rank) != bool(usual) and args.lr_theta == self.preset.lr_theta:
             print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {usual}, "
@@ -188,18 +191,18 @@ class Job:
     # ---- inside the loop
 
     def begin(self, global_iter: int) -> Log:
-        self.global_iter = global_iter
+        self.global_iter, self.bad_videos = global_iter, 0
         self.began = self.lap = time.perf_counter()
         return Log()
 
     def phase(self, name: str) -> None:
-        """Close a phase: --profile keeps its seconds, without the first iteration's, and its peak memory."""
+        """Close a phase: --profile keeps its seconds, without those of the first update, and its peak memory."""
         if self.args.profile:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
                 self.gib[name] = max(self.gib[name], torch.cuda.max_memory_allocated() / 2 ** 30)
                 torch.cuda.reset_peak_memory_stats()
-            if self.global_iter > 1 or self.args.profile == 1:
+            if self.gen_iter or self.args.profile == 1:
                 self.seconds[name] += time.perf_counter() - self.lap
             self.lap = time.perf_counter()
 
@@ -211,8 +214,15 @@ class Job:
         self.skipped += not log.finite()
         peak = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
                 else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        if self.faults is not None:  # on every rank, or the ranks' lists of figures would differ in length
+            log.add(bad_videos=torch.tensor(float(self.bad_videos * dist.get_world_size())))
         log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
                   seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
+        if log.record.get("bad_videos"):
+            faults = [None] * dist.get_world_size()
+            dist.all_gather_object(faults, self.faults)
+            if is_main() and not args.profile:
+                (self.out / "bad_videos.txt").write_text("\n".join(sorted(set(sum(faults, [])))[:20]) + "\n")
         if is_main() and not args.profile:
             data.append_jsonl(self.out / "metrics.jsonl", log.record)
             for name, value in log.record.items() if self.board else ():

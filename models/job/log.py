@@ -21,9 +21,10 @@ class Log:
     def mean(self, name: str) -> Tensor:
         return torch.stack(self.values[name]).mean(0)
 
-    def update(self, role: str, opt: torch.optim.Optimizer) -> None:
-        """Step on the gradients that the iteration's loss_ROLE has left; record that loss and their norm."""
-        loss, norm = update(opt, self.mean(f"loss_{role}"))
+    def update(self, role: str, opt: torch.optim.Optimizer, warmup: float = 1.0) -> None:
+        """Step, at `warmup` times the learning rate, on the gradients that the iteration's loss_ROLE has
+        left; record that loss and their norm."""
+        loss, norm = update(opt, self.mean(f"loss_{role}"), warmup)
         self.record |= {f"loss_{role}": loss, f"grad_norm_{role}": norm}
 
     def close(self, **values) -> None:
@@ -48,11 +49,11 @@ def health(history) -> str:
                if key.startswith("grad_norm_") and all(record[key] == 0 for record in records)]
     if "margin" in last:  # there is a discriminator
         margin = sum(sum(record["margin"]) / len(record["margin"]) for record in records) / len(records)
-        hinge = sum(record["loss_tau"] for record in records) / len(records)
-        figures = f"margin {margin:+.4f} hinge {hinge:.3f} "
+        loss = sum(record["loss_tau"] for record in records) / len(records)
+        figures = f"margin {margin:+.4f} loss_tau {loss:.3f} "
         if len(records) >= 50:
             worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4)
-            worries += ["D has won: the hinge is at 0"] * (hinge < 0.01)
+            worries += ["D has won: its loss is 0"] * (loss < 0.01)
     if not 0.67 < drift < 1.5:
         worries += [f"x_0's deviation changed {drift:.2f}-fold over {len(records)} iterations"]
     return (f"{figures}x_0 {last['x_0_mean']:+.3f} +- {last['x_0_std']:.3f} "

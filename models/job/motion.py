@@ -1,9 +1,11 @@
-"""AnimateDiff's two files: which tensors of each are read, and which files are refused.
+"""AnimateDiff's two files: which tensors of each are read, which files are refused, and what is written.
 
     tensors = merged(base_tensors(open_tensors("Realistic_Vision_V5.1.safetensors")),
                      motion_tensors(open_tensors("mm_sd_v15_v2.ckpt")))
 """
 from pathlib import Path
+
+from torch import Tensor
 
 from models.animatediff import MAX_FRAMES, positions
 from models.checkpoint import InputError, Tensors, some
@@ -74,3 +76,15 @@ def merged(a: Tensors, b: Tensors) -> Tensors:
                          "expected other names")
     return Tensors(Path(f"{a.path} with {b.path}"), a.shapes | b.shapes,
                    lambda name, rows: (a if name in a else b).read(name, rows), b.metadata | a.metadata)
+
+
+def split_motion(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """AnimateDiff's weights as those of a UNet and of a motion file; the latter has the fixed positions too,
+    without which other readers take it for AnimateLCM's."""
+    unet = {name: p for name, p in weights.items() if "motion_modules." not in name}
+    motion = {name: p for name, p in weights.items() if name not in unet}
+    for name, p in list(motion.items()):
+        if name.endswith(".to_q.weight"):
+            table = positions(MAX_FRAMES, p.shape[0])[None].to(p.dtype)
+            motion[name.removesuffix(".to_q.weight") + PE] = table
+    return unet, motion

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import checkpoint, lora
 from models.checkpoint import InputError, Tensors
 from models.diffusion import Denoiser
-from models.discriminator import Discriminator, PixelDiscriminator
-from models.job.families import DENOISER, FAMILIES, source
+from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator
+from models.job.families import DENOISER, FAMILIES, MOTION, source
+from models.job.motion import split_motion
 from models.parallel import (
     barrier,
     fill_random,
@@ -26,7 +27,7 @@ from models.parallel import (
     settle,
     shard,
 )
-from models.presets import Preset
+from models.presets import PRESETS, Preset
 from models.sequence import sequence_parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +95,7 @@ def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device)
     predicts, schedule, init = preset.predicts, preset.schedule, args.init
     if init:
         if init.is_dir() and not (init / "generator.safetensors").exists():
-            raise InputError(f"--init {init}: no generator.safetensors; expected a finished run of adp.py")
+            raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
         init = init / "generator.safetensors" if init.is_dir() else init
         metadata = checkpoint.open_tensors(init).metadata
         if metadata.get("dmdx.model") != args.model:
@@ -104,6 +105,13 @@ def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device)
         schedule = metadata.get("dmdx.schedule", schedule)
     net = load_network(args, preset, mesh, device, trainable=True, init=init)
     return Denoiser(net, predicts, schedule)
+
+
+def frame_model(args, preset: Preset) -> tuple[argparse.Namespace, Preset]:
+    """(args, preset) with which `load_network` loads the model of a video model's single frames: the weights
+    of --teacher-2d, else the file that the video model's own are in."""
+    args = argparse.Namespace(**vars(args) | dict(model=preset.base_2d, ckpt=args.teacher_2d or args.ckpt))
+    return args, PRESETS[preset.base_2d]
 
 
 def load_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device) -> nn.Module:
@@ -146,13 +154,13 @@ def shard_heads(args, build: Callable[[], nn.Module], mesh: DeviceMesh, device: 
     return D_tau
 
 
-def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh,
-                      device: torch.device) -> Discriminator:
+def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, device: torch.device,
+                      kind: type = Discriminator) -> Discriminator | VideoDiscriminator:
     """The latent D_tau on F_phi's module."""
     shape = latent_shape(args, preset)
     taps = F_phi.net.tap_shapes(*(shape if preset.frames else shape[-2:]))
-    return shard_heads(args, lambda: Discriminator(F_phi, tuple(taps), list(taps.values()),
-                                                   preset.head_width), mesh, device)
+    return shard_heads(args, lambda: kind(F_phi, tuple(taps), list(taps.values()), preset.head_width), mesh,
+                       device)
 
 
 def new_pixel_discriminator(args, preset: Preset, mesh: DeviceMesh,
@@ -167,9 +175,9 @@ def new_pixel_discriminator(args, preset: Preset, mesh: DeviceMesh,
     return shard_heads(args, lambda: PixelDiscriminator(encoder, preset.head_width), mesh, device)
 
 
-def trainables(role: Denoiser | Discriminator) -> dict[str, nn.Parameter]:
+def trainables(role: Denoiser | nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of what a role trains: its adapter, all of its network, or D_tau's heads."""
-    if isinstance(role, Discriminator):
+    if isinstance(role, nn.Module):
         return dict(role.named_parameters())
     suffixes = tuple(f".lora_{side}.{name}" for name in role.lora for side in "AB")
     return {name: p for name, p in role.net.named_parameters() if not suffixes or name.endswith(suffixes)}
@@ -188,6 +196,7 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
     family = FAMILIES[preset.family]
     metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(preset.shift),
                 "dmdx.predicts": G_theta.predicts, "dmdx.schedule": G_theta.schedule}
+    metadata |= {"dmdx.rollout": "renoise"} if G_theta.renoise else {}
     if student_cfg(args) is not None:
         metadata["dmdx.cfg"] = str(student_cfg(args))
         metadata |= {"dmdx.null_prompt": args.null_prompt} if args.null_prompt else {}
@@ -198,9 +207,13 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
     prefix = DENOISER if family.single_file else ""
-    weights = {prefix + name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
+    weights = {name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
     if is_main():
         tensors = source(args, preset) if family.single_file else {}
-        others = {name: tensors[name] for name in tensors if not name.startswith(DENOISER)}
+        others = {name: tensors[name] for name in tensors if not name.startswith((DENOISER, "model_ema."))}
+        weights, motion = split_motion(weights)
+        weights = {prefix + name: p for name, p in weights.items()}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
+        if motion:
+            checkpoint.save_safetensors(out / MOTION, motion, metadata)
     barrier()  # the others wait for the writing

@@ -18,7 +18,7 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     """Images (len(prompts) 3 H W), of a video (len(prompts) F 3 H W), uint8 on every rank's CPU: sample i
     starts from the noise of (seed, first + i).
 
-    tn: ascending times of the ODE's steps; cfg: guidance scale, None for one evaluation a step. The ranks
+    tn: ascending times of the steps, along the ODE or as F.renoise says; cfg: guidance scale, None for one evaluation a step. The ranks
     share the work; each `sequence` neighbouring ranks share one sample's tokens, each `context` of them the
     decoding of its frames."""
     device, mine = tn.device, share_of_rank(len(prompts), sequence)
@@ -29,7 +29,11 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
         indices = mine[start:start + batch]
         z = noise(latent_shape, seed, 0, "sample", [first + i for i in indices]).to(device)
         w = torch.full((len(indices),), cfg, device=device) if cfg is not None else None
-        x_0 = solve(F, z, tn, text.encode([prompts[i] for i in indices]), c_null, w)
+        def fresh(n: int) -> Tensor:
+            return noise(latent_shape, seed, 0, f"sample {n}", [first + i for i in indices]).to(device)
+
+        x_0 = solve(F, z, tn, text.encode([prompts[i] for i in indices]), c_null, w,
+                    fresh if F.renoise else None)
         images += [to_uint8(decode(x)).cpu() for x in x_0.split(decode_batch)]
     images = torch.cat(images)
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]

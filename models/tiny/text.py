@@ -53,11 +53,11 @@ def random_matrix(tensors: dict, g: torch.Generator, name: str, *shape: int, std
     tensors.update({f"{name}.bias": torch.zeros(shape[0])} if bias else {})
 
 
-def clip_encoder(root: str, words: int, g: torch.Generator) -> dict[str, Tensor]:
+def clip_encoder(root: str, words: int, g: torch.Generator, length: int = LENGTH) -> dict[str, Tensor]:
     """A random CLIP of two layers and one head of 64, transformers' names."""
     tensors = {}
     random_matrix(tensors, g, root + "embeddings.token_embedding", words, 64, std=1.0)
-    random_matrix(tensors, g, root + "embeddings.position_embedding", LENGTH, 64, std=0.5)
+    random_matrix(tensors, g, root + "embeddings.position_embedding", length, 64, std=0.5)
     for norm in ("final_layer_norm", *(f"encoder.layers.{i}.layer_norm{j}" for i in "01" for j in "12")):
         tensors |= {f"{root}{norm}.weight": torch.ones(64), f"{root}{norm}.bias": torch.zeros(64)}
     for layer in (f"{root}encoder.layers.0.", f"{root}encoder.layers.1."):

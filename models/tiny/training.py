@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from models.checkpoint import replacing
 from models.data import noise
-from models.diffusion import Denoiser, generator_times, q, random_time, solve, target, teacher_times
+from models.diffusion import Denoiser, alpha_sigma, generator_times, q, random_time, solve, target, teacher_times
 from models.eval.metrics import procedural
 from models.job import flags, networks
 from models.parallel import init_distributed
@@ -59,7 +59,7 @@ def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, o
         opts["muon"] = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     kept, path, first = dict(net=net, average=average, **opts), out / f"{name}.pt", 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         first = state.pop("step")
         for key, value in state.items():
             kept[key].load_state_dict(value)
@@ -96,26 +96,36 @@ def encode_captions(preset: Preset, text: nn.Module) -> Cond:
     return Cond(*(torch.cat(pair) for pair in zip(known, null)))
 
 
-def image_times(schedule: str, g: torch.Generator) -> Tensor:
+def image_times(schedule: str, batch: int, g: torch.Generator) -> Tensor:
     """Training times t (B,): of flow logit-normal, as outlines form at 0.3 to 0.8; else uniform."""
     if schedule == "flow":
-        return torch.sigmoid(0.4 + torch.randn(BATCH, generator=g))
-    return random_time(schedule, torch.rand(BATCH, generator=g))
+        return torch.sigmoid(0.4 + torch.randn(batch, generator=g))
+    return random_time(schedule, torch.rand(batch, generator=g))
+
+
+def snr_times(schedule: str, mean: float, batch: int, g: torch.Generator) -> Tensor:
+    """Training times t (B,) of a DDPM schedule, whose signal-to-noise ratio is that of logit-normal flow
+    times around sigmoid(mean)."""
+    flow = torch.sigmoid(mean + torch.randn(batch, generator=g))
+    grid = torch.arange(1, 1001) / 1000
+    alpha, sigma = alpha_sigma(schedule, grid, grid)
+    return grid[torch.searchsorted(sigma / (alpha + sigma), flow).clamp_max(999)]
 
 
 def denoiser_loss(preset: Preset, latents: Tensor, labels: Tensor, table: Cond,
-                  share: float = 0.7, times: Callable | None = None) -> Callable:
-    """Eq. (2) or (3) with prompt dropout, each attribute named at probability `share`. `table`: of
-    `encode_captions`. `times(step, g)`: t (B,), by default `image_times`."""
+                  share: float = 0.7, times: Callable | None = None, batch: int = BATCH) -> Callable:
+    """Eq. (2) or (3) with prompt dropout, each attribute named at probability `share`, on the device of
+    `latents`. `table`: of `encode_captions`. `times(step, g)`: t (B,), by default `image_times`."""
     index = procedural(preset.data).caption_index
 
     def loss_at(net: nn.Module, step: int) -> Tensor:
         g = torch.Generator().manual_seed(step)
-        i = torch.randint(len(latents), (BATCH,), generator=g)
-        named = torch.where(torch.rand(BATCH, labels.shape[1], generator=g) < share, labels[i], -1)
-        prompt = torch.where(torch.rand(BATCH, generator=g) < 0.1, len(table.context) - 1, index(named))
-        t = times(step, g) if times else image_times(preset.schedule, g)
-        x_0, eps = latents[i], torch.randn(BATCH, *latents.shape[1:], generator=g)
+        i = torch.randint(len(latents), (batch,), generator=g)
+        named = torch.where(torch.rand(batch, labels.shape[1], generator=g) < share, labels[i], -1)
+        prompt = torch.where(torch.rand(batch, generator=g) < 0.1, len(table.context) - 1, index(named))
+        t = times(step, g) if times else image_times(preset.schedule, batch, g)
+        x_0, eps = latents[i], torch.randn(batch, *latents.shape[1:], generator=g)
+        t, eps = t.to(x_0.device), eps.to(x_0.device)
         prediction = net(q(preset.schedule, x_0, t, eps), t, (table.context[prompt], table.pooled[prompt]))
         return mse_loss(prediction, target(preset.predicts, preset.schedule, x_0, t, eps))
     return loss_at
@@ -130,10 +140,10 @@ def generate(preset: Preset, F: Denoiser, vae: nn.Module, table: Cond, prompts: 
     for start in range(0, len(prompts), 64):
         index = data.caption_index(data.parse(prompts[start:start + 64]))
         z = noise(networks.latent_shape(preset, preset), 0, 0, "sample",
-                  list(range(start, start + len(index))))
+                  list(range(start, start + len(index)))).to(tn.device)
         c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
-        w = None if cfg is None else torch.full((len(index),), cfg)
-        samples.append(vae.decode(solve(F, z, tn, c, null, w)))
+        w = None if cfg is None else torch.full((len(index),), cfg, device=tn.device)
+        samples.append(vae.decode(solve(F, z, tn, c, null, w)).cpu())
     return torch.cat(samples)
 
 
@@ -148,7 +158,7 @@ def report(path: Path, preset: Preset, F: Denoiser, vae: nn.Module, table: Cond,
             steps, cfg = setting
             label = f"teacher, {steps} step{'s' * (steps > 1)}" + (f", guidance {cfg:g}" if cfg else "")
             tn = (teacher_times if steps >= 20 else generator_times)(steps, preset.shift, preset.schedule)
-            samples = generate(preset, F, vae, table, prompts, tn, cfg)
+            samples = generate(preset, F, vae, table, prompts, tn.to(table.context.device), cfg)
         figures = data.evaluate(samples, prompts)
         print(f"{label:30}" + "".join(f"  {name} {value:.4f}" for name, value in figures.items()), flush=True)
         rows.append((label, film_strip(samples[:4], 5) if preset.frames else samples[:16]))

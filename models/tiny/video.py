@@ -20,7 +20,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from models.checkpoint import load, open_tensors, save_safetensors
 from models.cogvideox import CogVideoX
 from models.cogvideox_vae import CogVideoXVAE
-from models.diffusion import Denoiser, alpha_sigma
+from models.diffusion import Denoiser
 from models.eval.moving_shapes import Scenes, captions, draw_clip, random_scenes
 from models.job.families import FAMILIES
 from models.job.networks import load_text
@@ -34,6 +34,7 @@ from models.tiny.training import (
     open_part,
     open_teacher,
     report,
+    snr_times,
     train,
 )
 
@@ -172,15 +173,6 @@ def normalise(vae: CogVideoXVAE, clips: Tensor) -> None:
             conv.weight *= std[:, None, None, None]
 
 
-def video_times(mean: float, g: torch.Generator) -> Tensor:
-    """Training times t (B,) whose signal-to-noise ratio is that of logit-normal flow times around
-    sigmoid(mean)."""
-    flow = torch.sigmoid(mean + torch.randn(BATCH, generator=g))
-    grid = torch.arange(1, 1001) / 1000
-    alpha, sigma = alpha_sigma(PRESET.schedule, grid, grid)
-    return grid[torch.searchsorted(sigma / (alpha + sigma), flow).clamp_max(999)]
-
-
 def train_vae(out: Path) -> CogVideoXVAE:
     """Twice: to reconstruct, then to bear noise in the latent, without which the denoiser's small errors
     decode to no shape at all."""
@@ -216,7 +208,7 @@ def train_video(out: Path) -> None:
     net = new_denoiser()
     for name, steps, lr, share, noisiness in STAGES:
         loss = denoiser_loss(PRESET, latents, scenes.labels, table, share,
-                             lambda step, g: video_times(noisiness(step), g))
+                             lambda step, g: snr_times(PRESET.schedule, noisiness(step), BATCH, g))
         net = train(name, net.requires_grad_(), loss, steps, lr, out, look=look)
     save("transformer", net.state_dict())
     F, vae, _ = open_teacher(NAME)

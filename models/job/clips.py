@@ -1,0 +1,87 @@
+"""Where AVDM2's real clips come from: (x_0, c) of its data set D, one draw per global sample index.
+
+--videos reads files, decoded ahead in threads, and encodes them; --latents reads what models/job/latents.py
+has encoded; a tiny model's are drawn. --random-weights has noise in their place.
+"""
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import InputError
+from models.eval.metrics import procedural
+from models.job.job import Job
+from models.parallel import print0
+from models.presets import Preset
+from models.shards import open_pairs
+from models.text import Cond
+from models.videos import Clips
+
+SEED = 1000  # of clips that are drawn; the held-out ones have others
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("real clips").add_argument
+    add("--videos", type=Path, help="folder of videos and a .csv file with their captions")
+    add("--prompts", dest="table", type=Path, help="the .csv file, where it is not the only one in --videos")
+    add("--latents", type=Path, help="folder that `python -m models.job.latents` has made, in place of --videos")
+    add("--stride", type=int, default=4, help="of the frames")
+    add("--workers", type=int, default=4, help="videos that a rank decodes side by side")
+
+
+def check_flags(args: argparse.Namespace, preset: Preset) -> None:
+    """Before any file is opened: raises InputError where the flags name no real clips, or two sources."""
+    given, drawn = bool(args.videos) + bool(args.latents), bool(preset.data) or args.random_weights
+    if given > 1 or args.table and not args.videos or not (given or drawn):
+        raise InputError(f"--model {args.model}: expected real clips from --videos FOLDER, with --prompts FILE.csv "
+                         "where that has not one .csv file, or from --latents FOLDER")
+    if not given and not args.random_weights and tuple(args.size) != preset.size:
+        raise InputError(f"--size {args.size[0]} {args.size[1]}: the clips of {args.model} are drawn at "
+                         f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
+
+
+def open_clips(job: Job) -> Callable[[list[int]], tuple[Tensor, Cond]]:
+    """A function of global sample indices: latents x_0 (B T C h w) of a sample of the VAE's posterior, and
+    the conditions of their captions. Raises InputError for files that cannot be read."""
+    args, preset, device = job.args, job.preset, job.device
+    if args.random_weights:
+        return lambda indices: (job.noise("x_0", indices), job.random_conditions(indices))
+
+    if args.latents:
+        pairs = open_pairs(args.latents, args.model, job.latent_shape, "latents")
+        print0(pairs)
+
+        def real(indices):
+            x_0, captions = pairs.read(job.shuffled(indices, len(pairs)))
+            return x_0.to(device), job.text.encode(captions)
+        return real
+
+    if args.videos:
+        clips = Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
+        print0(clips)
+
+        def read(indices):
+            before = clips.skipped
+            found = clips.read(job.global_iter, indices)
+            clips.prefetch(job.global_iter + 1, indices)  # decoded while the networks work
+            job.faults, job.bad_videos = clips.bad, job.bad_videos + clips.skipped - before
+            return found
+    else:
+        data, captions = procedural(preset.data), procedural(preset.data).captions()[:-1]
+
+        def read(indices):
+            drawn = [captions[i] for i in job.shuffled(indices, len(captions))]
+            first = (job.global_iter - 1) * args.batch_size
+            scenes = data.random_scenes(SEED + args.seed, [first + i for i in indices], data.parse(drawn))
+            return data.draw_clip(scenes, args.frames), drawn
+
+    def real(indices):
+        clips, captions = read(indices)
+        eps = job.noise("posterior", indices)
+        weight = next(job.vae.parameters())
+        with torch.no_grad():
+            x_0 = job.vae.encode(clips.to(device, weight.dtype), eps.to(weight.dtype)).float()
+        return x_0, job.text.encode(captions)
+    return real

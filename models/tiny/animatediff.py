@@ -1,0 +1,164 @@
+"""The tiny AnimateDiff teacher: SD1.5 and motion modules for captioned shapes that move, in the original files.
+
+    python -m models.tiny --only animatediff
+
+Writes models/tiny/animatediff/: tiny_sd15.safetensors (UNet, VAE and CLIP-L in SD1.5's single-file layout:
+the teacher of single frames), tiny_mm.safetensors (motion modules in v2's layout), tokenizer/, prompts.txt.
+As in the original, the UNet is trained on single frames with scaled-linear betas and then frozen, the motion
+modules on clips with linear betas.
+
+Letters: B clips, T frames, Z h w latent, H W pixels.
+"""
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+
+from models.animatediff import AnimateDiff
+from models.checkpoint import save_safetensors
+from models.diffusion import Denoiser, solve, teacher_times
+from models.eval import shapes
+from models.eval.moving_shapes import Scenes, captions, draw_clip, evaluation_prompts, parse, random_scenes
+from models.job.motion import split_motion
+from models.job.networks import load_text
+from models.presets import PRESETS
+from models.sdxl_unet import UNet
+from models.text import Cond
+from models.tiny.images import new_unet, normalise
+from models.tiny.text import clip_encoder, longest_first, write_clip_tokenizer
+from models.tiny.training import (
+    BATCH,
+    FOLDER,
+    denoiser_loss,
+    encode_captions,
+    open_part,
+    open_teacher,
+    report,
+    snr_times,
+    train,
+)
+from models.vae import FramesVAE
+
+NAME = "tiny-animatediff"
+PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
+CLIPS = 8192  # of both denoisers' training
+STEPS = {"vae": 2500, "vae_noise": 1500, "unet": 15000, "motion": 4000}
+MOTION_BATCH = 16  # clips
+NOISE = {"unet": 0.7, "motion": 1.0}  # mean logit of the noise at which outlines and directions are decided
+
+
+# ---- the autoencoder ---------------------------------------------------------------------------------------
+
+def frames(seed: int, indices: range) -> Tensor:
+    """One frame (B 3 H W) of each of these clips, at a random time."""
+    clips = draw_clip(random_scenes(seed, indices))
+    which = torch.randint(PRESET.frames, (len(clips),), generator=torch.Generator().manual_seed(indices[0]))
+    return clips[torch.arange(len(clips)), which]
+
+
+def vae_loss(seed: int, noise: float, kl_weight: float) -> Callable:
+    """Reconstruction and KL on 16 fresh frames; the decoder sees the posterior's sample with `noise` standard
+    deviations of the latent on top."""
+    def loss_at(net: FramesVAE, step: int) -> Tensor:
+        images = frames(seed, range(16 * step, 16 * step + 16))
+        mean, logvar = net.moments(images)
+        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        std = torch.exp(0.5 * logvar) + noise * mean.std((0, 2, 3), keepdim=True)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        decoded = net.decode(mean + std * eps)
+        return mse_loss(decoded, images) + 0.1 * l1_loss(decoded, images) + kl_weight * kl
+    return loss_at
+
+
+def train_vae(out: Path) -> dict[str, Tensor]:
+    """Weights of the VAE, trained twice: to reconstruct, then to bear noise in the latent, without which the
+    denoiser's small errors decode to no shape at all. Its 1x1 convolutions around the latent are identities."""
+    torch.manual_seed(0)
+    first = vae_loss(seed=30, noise=0.0, kl_weight=3e-5)
+    vae = train("ad_vae", FramesVAE(**PRESET.vae | dict(quant=False)), first, STEPS["vae"], 2e-3, out)
+    second = vae_loss(seed=31, noise=0.3, kl_weight=1e-3)
+    vae = train("ad_vae_noise", vae.requires_grad_(), second, STEPS["vae_noise"], 1.5e-3, out)
+    normalise(vae, frames(32, range(1024)))
+    weights, Z = vae.state_dict(), PRESET.latent_channels
+    for name, width in (("quant_conv", 2 * Z), ("post_quant_conv", Z)):
+        weights |= {f"{name}.weight": torch.eye(width)[:, :, None, None], f"{name}.bias": torch.zeros(width)}
+    return weights
+
+
+# ---- the denoiser ------------------------------------------------------------------------------------------
+
+def export(net: nn.Module, others: dict[str, Tensor]) -> None:
+    """Write the two files: the UNet with `others`, and the motion modules if there are some."""
+    unet, motion = split_motion(net.state_dict())
+    weights = others | {f"model.diffusion_model.{name}": p for name, p in unet.items()}
+    save_safetensors(FRAMES.ckpt, {name: p.half() for name, p in weights.items()})
+    if motion:
+        save_safetensors(PRESET.motion_ckpt, {name: p.half() for name, p in motion.items()})
+
+
+@torch.no_grad()
+def look_at_frames(net: UNet, vae: FramesVAE, table: Cond, step: int, device: torch.device) -> None:
+    """Print how many of 256 single frames show what their prompt names."""
+    prompts = evaluation_prompts(256)
+    index = [captions().index(prompt) for prompt in prompts]
+    z = torch.randn(256, PRESET.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
+    tn = teacher_times(25, 1.0, FRAMES.schedule).to(device)
+    w = torch.full((256,), FRAMES.teacher_cfg, device=device)
+    images = vae.decode(solve(Denoiser(net, FRAMES.predicts, FRAMES.schedule), z, tn, c, null, w)).cpu()
+    print(f"frames at step {step}: accuracy {shapes.accuracy(shapes.read(images), parse(prompts)[:, :4]):.4f}",
+          flush=True)
+
+
+def train_animatediff(out: Path) -> None:
+    """Write models/tiny/animatediff/ and samples of it. The denoisers are trained on a GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    words = write_clip_tokenizer(PRESETS[NAME].ckpt.parent / "tokenizer", longest_first(captions()),
+                                 PRESET.clip_length)
+    PRESET.prompts.write_text("\n".join(captions()[:-1]) + "\n")
+    g = torch.Generator().manual_seed(0)
+    others = {f"first_stage_model.{name}": p for name, p in train_vae(out).items()}
+    others |= clip_encoder("cond_stage_model.transformer.text_model.", words, g, PRESET.clip_length)
+
+    torch.manual_seed(0)
+    unet = new_unet(FRAMES.config)
+    export(unet, others)
+    vae = FramesVAE(**PRESET.vae).requires_grad_(False)
+    vae.load_state_dict({name.removeprefix("first_stage_model."): p.half().float() for name, p in others.items()
+                         if name.startswith("first_stage_model.")})
+    vae.to(device)
+    table = Cond(*(part.to(device) for part in encode_captions(PRESET, open_part("tiny-sd15", load_text))))
+    scenes = random_scenes(11, range(CLIPS))
+    with torch.no_grad():
+        parts = zip(*(x.split(64) for x in scenes))
+        latents = torch.cat([vae.encode(draw_clip(Scenes(*part)).to(device)) for part in parts])  # B T Z h w
+
+    # The UNet on single frames, on which the motion modules are then trained as they are published.
+    per_frame = scenes.labels.repeat_interleave(PRESET.frames, 0)
+    loss = denoiser_loss(PRESET._replace(schedule=FRAMES.schedule), latents.flatten(0, 1), per_frame, table,
+                         times=lambda step, g: snr_times(FRAMES.schedule, NOISE["unet"], BATCH, g))
+    unet = train("ad_unet", unet.to(device), loss, STEPS["unet"], 2e-3, out,
+                 look=lambda average, step: look_at_frames(average, vae, table, step, device))
+    torch.manual_seed(0)
+    net = AnimateDiff(**PRESET.config)
+    net.load_state_dict({name: p.half().float() for name, p in unet.state_dict().items()}, strict=False)
+    for name, p in net.named_parameters():
+        p.requires_grad_("motion_modules." in name)
+
+    def look(average: nn.Module, step: int) -> None:
+        report(out / f"animatediff_{step:06d}.png", PRESET,
+               Denoiser(average, PRESET.predicts, PRESET.schedule), vae, table,
+               [(PRESET.steps, 3.0), (PRESET.teacher_steps, 3.0)], 256)
+
+    loss = denoiser_loss(PRESET, latents, scenes.labels, table, batch=MOTION_BATCH,
+                         times=lambda step, g: snr_times(PRESET.schedule, NOISE["motion"], MOTION_BATCH, g))
+    net = train("ad_motion", net.to(device), loss, STEPS["motion"], 2e-3, out, look=look)
+    export(net.cpu(), others)
+    F, vae, text = open_teacher(NAME)
+    report(FOLDER / "teacher_animatediff.png", PRESET, F, vae, encode_captions(PRESET, text),
+           list(product((1, 2, 4, PRESET.teacher_steps), (None, 3.0))), 512)
+    total = sum(path.stat().st_size for path in PRESET.ckpt.parent.rglob("*") if path.is_file())
+    print(f"{PRESET.ckpt.parent}: {total / 1e6:.2f} MB", flush=True)

@@ -1,0 +1,151 @@
+"""Table 1, Fig. 4 and Fig. 5 of AVDM2 on the embedded tiny-animatediff: `python tests/table_avdm2.py`.
+
+Runs avdm2.py with each row's flags for each seed and prints a table: the figures of models/eval/moving_shapes.py
+for the 4-step student, mean and standard deviation over the seeds. For Fig. 5 it first trains a second teacher of
+single frames, whose pictures have the tone y = 0.6 x - 0.25, and counts the student's clips in that tone; their
+other figures are taken after undoing it. What is finished is not run again, what was killed goes on.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.checkpoint import open_tensors, save_safetensors  # noqa: E402
+from models.diffusion import generator_times, teacher_times  # noqa: E402
+from models.eval import moving_shapes, shapes  # noqa: E402
+from models.job.networks import load_network, load_text, load_vae  # noqa: E402
+from models.job.sampling import generate  # noqa: E402
+from models.presets import PRESETS  # noqa: E402
+from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
+
+NAME = "tiny-animatediff"
+PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
+ROWS = {  # what it is -> flags; TONE stands for the second teacher's file
+    "GAN only": ["--sdm", "none"],
+    "2D score matching only": ["--lambdas", "1", "0"],
+    "GAN + 2D score matching": [],
+    "GAN + video score matching": ["--sdm", "video"],
+    "GAN + 2D, K = 1": ["--frames-sdm", "1"],
+    "GAN + 2D, K = 9": ["--frames-sdm", "9"],
+    "GAN + 2D, ODE between the steps": ["--rollout", "ode"],
+    "GAN + 2D, teacher of another tone": ["--teacher-2d", "TONE"],
+}
+TONE = (0.6, -0.25)
+FIGURES = ("accuracy", "direction", "total_variation", "consistency", "frechet")
+
+
+def train_tone(out: Path) -> None:
+    """out/tone.safetensors: tiny-sd15 after 1000 updates on frames in the other tone, in the same layout."""
+    if (out / "tone.safetensors").exists():
+        return
+    net, vae, text = (open_part("tiny-sd15", load) for load in (load_network, load_vae, load_text))
+    scenes = moving_shapes.random_scenes(40, range(1024))
+    with torch.no_grad():
+        pictures = TONE[0] * moving_shapes.draw_clip(scenes).flatten(0, 1) + TONE[1]
+        latents = torch.cat([vae.encode(part) for part in pictures.split(512)])
+    labels = scenes.labels.repeat_interleave(PRESET.frames, 0)
+    preset = PRESET._replace(schedule=FRAMES.schedule)
+    loss = denoiser_loss(preset, latents, labels, encode_captions(preset, text))
+    net = train("tone", net.requires_grad_(), loss, 1000, 5e-4, out)
+    base = open_tensors(FRAMES.ckpt)
+    weights = {name: base[name] for name in base}
+    weights |= {f"model.diffusion_model.{name}": p.half() for name, p in net.state_dict().items()}
+    save_safetensors(out / "tone.safetensors", weights)
+
+
+def in_tone(clips: Tensor) -> Tensor:
+    """Which clips (B T 3 H W) in [-1, 1] have a background of the tone, and not one of the data's: (B,)."""
+    ring = torch.ones(clips.shape[-2:], dtype=torch.bool)
+    ring[1:-1, 1:-1] = False
+    ground = clips[..., ring].median(dim=-1).values.mean(1)  # B 3
+    known = shapes.palette("background")
+    return torch.cdist(ground, TONE[0] * known + TONE[1]).amin(1) < torch.cdist(ground, known).amin(1)
+
+
+def run(args, label: str, seed: int) -> None:
+    """One process with one thread, unless it is finished; its log is beside its folder."""
+    out = folder(args, label, seed)
+    if (out / "generator.safetensors").exists():
+        return
+    flags = [str(args.out / "tone.safetensors") if flag == "TONE" else flag for flag in ROWS[label]]
+    command = [sys.executable, ROOT / "avdm2.py", "--out", out, "--seed", seed, "--evaluate", 0, *flags, *args.flags]
+    command += ["--resume"] if (out / "state").exists() else []
+    with out.with_suffix(".log").open("a") as log:
+        code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise SystemExit(f"{out}: avdm2.py ended with {code}, see {out.with_suffix('.log')}")
+    print(f"{out.name} done", flush=True)
+
+
+def folder(args, label: str, seed: int) -> Path:
+    return args.out / f"{label.replace(' ', '_').replace(',', '')}-{seed}"
+
+
+def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, tone: bool = False) -> dict:
+    """Exact figures of the generator in a file, or of the teacher, the same noise and prompts for all."""
+    cached = (ckpt.parent if ckpt else args.out) / f"figures_{steps}_{cfg}_{args.samples}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    F, vae, text = open_teacher(NAME, ckpt)
+    F = replace(F, renoise=bool(ckpt) and open_tensors(ckpt).metadata.get("dmdx.rollout") == "renoise")
+    tn = (generator_times if steps < 20 else teacher_times)(steps, PRESET.shift, F.schedule)
+    prompts, shape = moving_shapes.evaluation_prompts(args.samples), (PRESET.frames, 4, 8, 8)
+    clips = generate(F, text, vae, prompts, tn, shape, 0, cfg, batch=16) / 127.5 - 1
+    extra = dict(tone=in_tone(clips).double().mean().item()) if tone else {}
+    clips = (clips - TONE[1]) / TONE[0] if tone else clips
+    result = moving_shapes.evaluate(clips, prompts) | extra
+    cached.write_text(json.dumps(result))
+    return result
+
+
+def line(label: str, rows: list[dict]) -> str:
+    cells = []
+    for key in FIGURES:
+        values = [row[key] for row in rows]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.3f}{spread}")
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/table_avdm2"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--rows", type=int, nargs="+", default=[*range(len(ROWS))], help="numbers, from 0")
+    parser.add_argument("flags", nargs="*", help="for every run, behind --, as -- --max-iter 10")
+    args = parser.parse_args()
+    args.out, labels = args.out.resolve(), [list(ROWS)[i] for i in args.rows]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if any("TONE" in ROWS[label] for label in labels):
+        train_tone(args.out)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: run(args, *job), [(label, seed) for seed in range(args.seeds) for label in labels]))
+
+    print(f"\n| row | {' | '.join(FIGURES)} |\n|{'---|' * (1 + len(FIGURES))}")
+    for steps, cfg in ((PRESET.teacher_steps, PRESET.teacher_cfg), (4, PRESET.teacher_cfg), (4, None)):
+        label = f"teacher, {steps} steps" + (f", guidance {cfg:g}" if cfg else "")
+        print(line(label, [figures(args, None, steps, cfg)]), flush=True)
+    for label in labels:
+        tone = "TONE" in ROWS[label]
+        rows = [figures(args, folder(args, label, seed) / "generator.safetensors", 4, None, tone)
+                for seed in range(args.seeds)]
+        shares = f", {100 * statistics.mean(row['tone'] for row in rows):.0f} % in it" if tone else ""
+        print(line(label + shares, rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
