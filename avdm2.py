@@ -68,15 +68,16 @@ def main(args):
     job = Job(__file__, args, preset, mesh, device)
     real = clips.open_clips(job)
     load = partial(networks.load_network, args, preset, mesh, device)
-    load_2d = partial(networks.load_network, *networks.frame_model(args, preset), mesh, device)
+    args_2d, preset_2d = networks.frame_model(args, preset)
+    load_2d = partial(networks.load_network, args_2d, preset_2d, mesh, device)
 
     F_phi = Denoiser(load(), preset.predicts, preset.schedule)
     G_theta = networks.load_generator(args, preset, mesh, device)                      # Alg. 1 l. 1
     G_theta = replace(G_theta, renoise=args.rollout == "renoise")
     D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device, VideoDiscriminator)  # Alg. 1 l. 1
     if args.sdm == "2d":  # F_phi takes pictures as its own frames' model does
-        F_sdm = Denoiser(load_2d() if args.teacher_2d else F_phi.net, "epsilon", "sdxl")
-        f_psi = Denoiser(load_2d(trainable=True), "epsilon", "sdxl")                   # Alg. 1 l. 1
+        F_sdm = Denoiser(load_2d() if args.teacher_2d else F_phi.net, preset_2d.predicts, preset_2d.schedule)
+        f_psi = Denoiser(load_2d(trainable=True), F_sdm.predicts, F_sdm.schedule)      # Alg. 1 l. 1
     else:
         F_sdm, f_psi = F_phi, replace(F_phi, net=load(trainable=True) if args.sdm == "video" else None)
     theta, tau = networks.trainables(G_theta), networks.trainables(D_tau)
@@ -156,8 +157,8 @@ def main(args):
             x_hat_0 = x_hat_0.detach()
             log.add(x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
 
-            # update fake model f_psi. [differs] Its gradient and D's are taken before l. 11 steps and not after:
-            # both see x_hat_0 as it is.
+            # update fake model f_psi. [differs] Its gradient and D's are taken before theta's step of l. 11 and
+            # not after: both see x_hat_0 as it is.
             if psi:
                 set_trainable(psi, True)
                 t, eps = sdm_pair("eps_psi", indices)                                  # Alg. 1 l. 12

@@ -40,9 +40,9 @@ ROWS = {  # row of the paper: (what it is, script, flags, run it starts from)
 FIGURES = ("accuracy", "total_variation", "frechet")
 
 
-def run(script: str, out: Path, *flags) -> None:
+def run(script: str, out: Path, *flags, model: str = "tiny-sdxl") -> None:
     """One process with one thread; its log is beside its folder."""
-    command = [sys.executable, ROOT / script, "--model", "tiny-sdxl", "--out", out, *flags]
+    command = [sys.executable, ROOT / script, "--model", model, "--out", out, *flags]
     with out.with_suffix(".log").open("w") as log:
         code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
@@ -85,13 +85,18 @@ def seconds(out: Path) -> float:
     return full + (statistics.median(fake) * len(fake) / (len(rows) - len(fake)) if fake else 0)
 
 
-def line(label: str, rows: list[dict], note: str = "") -> str:
-    cells = []
-    for key in FIGURES:
-        values = [row[key] for row in rows]
+def cells(rows: list[dict], names: tuple[str, ...]) -> str:
+    """Mean and deviation of each figure, as cells of a table."""
+    texts = []
+    for name in names:
+        values = [row[name] for row in rows]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.3f}{spread}")
-    return f"| {label} | {' | '.join(cells)} | {note} |"
+        texts.append(f"{statistics.mean(values):.3f}{spread}")
+    return " | ".join(texts)
+
+
+def line(label: str, rows: list[dict], note: str = "") -> str:
+    return f"| {label} | {cells(rows, FIGURES)} | {note} |"
 
 
 def main():

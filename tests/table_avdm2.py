@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +27,7 @@ from models.job.networks import load_network, load_text, load_vae  # noqa: E402
 from models.job.sampling import generate  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
 from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
+from table4 import cells, run  # noqa: E402
 
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
@@ -73,20 +73,15 @@ def in_tone(clips: Tensor) -> Tensor:
     return torch.cdist(ground, TONE[0] * known + TONE[1]).amin(1) < torch.cdist(ground, known).amin(1)
 
 
-def run(args, label: str, seed: int) -> None:
-    """One process with one thread, unless it is finished; its log is beside its folder."""
+def distil(args, label: str, seed: int) -> None:
+    """A row's run of one seed, unless it is finished; what was begun and killed goes on."""
     out = folder(args, label, seed)
     if (out / "generator.safetensors").exists():
         return
-    flags = [str(args.out / "tone.safetensors") if flag == "TONE" else flag for flag in ROWS[label]]
-    command = [sys.executable, ROOT / "avdm2.py", "--out", out, "--seed", seed, "--evaluate", 0, *flags, *args.flags]
-    command += ["--resume"] if (out / "state").exists() else []
-    with out.with_suffix(".log").open("a") as log:
-        code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-    if code:
-        raise SystemExit(f"{out}: avdm2.py ended with {code}, see {out.with_suffix('.log')}")
-    print(f"{out.name} done", flush=True)
+    flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
+    flags += ["--seed", seed, "--evaluate", 0, *args.flags]
+    flags += ["--resume"] if (out / "state").exists() else []
+    run("avdm2.py", out, *flags, model=NAME)
 
 
 def folder(args, label: str, seed: int) -> Path:
@@ -111,12 +106,7 @@ def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, tone:
 
 
 def line(label: str, rows: list[dict]) -> str:
-    cells = []
-    for key in FIGURES:
-        values = [row[key] for row in rows]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.3f}{spread}")
-    return f"| {label} | {' | '.join(cells)} |"
+    return f"| {label} | {cells(rows, FIGURES)} |"
 
 
 def main():
@@ -133,7 +123,7 @@ def main():
     if any("TONE" in ROWS[label] for label in labels):
         train_tone(args.out)
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(args, *job), [(label, seed) for seed in range(args.seeds) for label in labels]))
+        list(pool.map(lambda job: distil(args, *job), [(label, seed) for seed in range(args.seeds) for label in labels]))
 
     print(f"\n| row | {' | '.join(FIGURES)} |\n|{'---|' * (1 + len(FIGURES))}")
     for steps, cfg in ((PRESET.teacher_steps, PRESET.teacher_cfg), (4, PRESET.teacher_cfg), (4, None)):

@@ -172,6 +172,13 @@ def new_cogvideox_text(args, preset: Preset,
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
+SD15 = Family(
+    network=sdxl_unet.UNet, config_from_shapes=sdxl_unet.config_from_shapes,
+    vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
+    open_denoiser=open_sd15, open_vae=open_single_vae, new_text=new_sd15_text, beside=beside_single,
+    condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
+    sides=unet_sides, single_file=True, flags=(), names=None)
+
 FAMILIES = {
     "mmdit": Family(
         network=mmdit.MMDiT, config_from_shapes=mmdit.config_from_shapes,
@@ -190,19 +197,10 @@ FAMILIES = {
         condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]),
                                          (preset.config["vector_dim"],)),
         sides=unet_sides, single_file=True, flags=(), names=None),
-    "sd15": Family(
-        network=sdxl_unet.UNet, config_from_shapes=sdxl_unet.config_from_shapes,
-        vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
-        open_denoiser=open_sd15, open_vae=open_single_vae, new_text=new_sd15_text, beside=beside_single,
-        condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
-        sides=unet_sides, single_file=True, flags=(), names=None),
-    "animatediff": Family(
+    "sd15": SD15,
+    "animatediff": SD15._replace(
         network=animatediff.AnimateDiff, config_from_shapes=animatediff.config_from_shapes,
-        vae=vae.FramesVAE, vae_config_from_shapes=vae.config_from_shapes,
-        open_denoiser=open_animatediff, open_vae=open_single_vae, new_text=new_sd15_text,
-        beside=beside_single,
-        condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
-        sides=unet_sides, single_file=True, flags=("motion_ckpt",), names=None,
+        vae=vae.FramesVAE, open_denoiser=open_animatediff, flags=("motion_ckpt",),
         frame_step=1, max_frames=animatediff.MAX_FRAMES),
     "cogvideox": Family(
         network=cogvideox.CogVideoX, config_from_shapes=cogvideox.config_from_shapes,

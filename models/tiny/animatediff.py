@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss, mse_loss
 
 from models.animatediff import AnimateDiff
 from models.checkpoint import save_safetensors
-from models.diffusion import Denoiser, solve, teacher_times
+from models.diffusion import Denoiser, teacher_times
 from models.eval import shapes
 from models.eval.moving_shapes import Scenes, captions, draw_clip, evaluation_prompts, parse, random_scenes
 from models.job.motion import split_motion
@@ -34,8 +33,11 @@ from models.tiny.training import (
     FOLDER,
     denoiser_loss,
     encode_captions,
+    generate,
+    identity_convs,
     open_part,
     open_teacher,
+    reconstruction_loss,
     report,
     snr_times,
     train,
@@ -60,16 +62,10 @@ def frames(seed: int, indices: range) -> Tensor:
 
 
 def vae_loss(seed: int, noise: float, kl_weight: float) -> Callable:
-    """Reconstruction and KL on 16 fresh frames; the decoder sees the posterior's sample with `noise` standard
-    deviations of the latent on top."""
+    """On 16 fresh frames; `noise` as in `reconstruction_loss`."""
     def loss_at(net: FramesVAE, step: int) -> Tensor:
         images = frames(seed, range(16 * step, 16 * step + 16))
-        mean, logvar = net.moments(images)
-        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-        std = torch.exp(0.5 * logvar) + noise * mean.std((0, 2, 3), keepdim=True)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        decoded = net.decode(mean + std * eps)
-        return mse_loss(decoded, images) + 0.1 * l1_loss(decoded, images) + kl_weight * kl
+        return reconstruction_loss(net.moments, net.decode, images, step, kl_weight, noise)
     return loss_at
 
 
@@ -82,10 +78,7 @@ def train_vae(out: Path) -> dict[str, Tensor]:
     second = vae_loss(seed=31, noise=0.3, kl_weight=1e-3)
     vae = train("ad_vae_noise", vae.requires_grad_(), second, STEPS["vae_noise"], 1.5e-3, out)
     normalise(vae, frames(32, range(1024)))
-    weights, Z = vae.state_dict(), PRESET.latent_channels
-    for name, width in (("quant_conv", 2 * Z), ("post_quant_conv", Z)):
-        weights |= {f"{name}.weight": torch.eye(width)[:, :, None, None], f"{name}.bias": torch.zeros(width)}
-    return weights
+    return vae.state_dict() | identity_convs(PRESET.latent_channels)
 
 
 # ---- the denoiser ------------------------------------------------------------------------------------------
@@ -99,16 +92,12 @@ def export(net: nn.Module, others: dict[str, Tensor]) -> None:
         save_safetensors(PRESET.motion_ckpt, {name: p.half() for name, p in motion.items()})
 
 
-@torch.no_grad()
-def look_at_frames(net: UNet, vae: FramesVAE, table: Cond, step: int, device: torch.device) -> None:
+def look_at_frames(net: UNet, vae: FramesVAE, table: Cond, step: int) -> None:
     """Print how many of 256 single frames show what their prompt names."""
-    prompts = evaluation_prompts(256)
-    index = [captions().index(prompt) for prompt in prompts]
-    z = torch.randn(256, PRESET.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    c, null = Cond(table.context[index], table.pooled[index]), Cond(table.context[-1:], table.pooled[-1:])
-    tn = teacher_times(25, 1.0, FRAMES.schedule).to(device)
-    w = torch.full((256,), FRAMES.teacher_cfg, device=device)
-    images = vae.decode(solve(Denoiser(net, FRAMES.predicts, FRAMES.schedule), z, tn, c, null, w)).cpu()
+    prompts, tn = evaluation_prompts(256), teacher_times(FRAMES.teacher_steps, FRAMES.shift, FRAMES.schedule)
+    F = Denoiser(net, FRAMES.predicts, FRAMES.schedule)
+    images = generate(FRAMES._replace(data=PRESET.data), F, vae, table, prompts, tn.to(table.context.device),
+                      FRAMES.teacher_cfg)
     print(f"frames at step {step}: accuracy {shapes.accuracy(shapes.read(images), parse(prompts)[:, :4]):.4f}",
           flush=True)
 
@@ -141,7 +130,7 @@ def train_animatediff(out: Path) -> None:
     loss = denoiser_loss(PRESET._replace(schedule=FRAMES.schedule), latents.flatten(0, 1), per_frame, table,
                          times=lambda step, g: snr_times(FRAMES.schedule, NOISE["unet"], BATCH, g))
     unet = train("ad_unet", unet.to(device), loss, STEPS["unet"], 2e-3, out,
-                 look=lambda average, step: look_at_frames(average, vae, table, step, device))
+                 look=lambda average, step: look_at_frames(average, vae, table, step))
     torch.manual_seed(0)
     net = AnimateDiff(**PRESET.config)
     net.load_state_dict({name: p.half().float() for name, p in unet.state_dict().items()}, strict=False)

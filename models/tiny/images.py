@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss, mse_loss, pixel_shuffle
+from torch.nn.functional import binary_cross_entropy_with_logits, pixel_shuffle
 from transformers import SamVisionConfig, SamVisionModel
 
 from models.checkpoint import open_tensors, save_safetensors
@@ -30,7 +30,16 @@ from models.tiny.text import (
     write_clip_tokenizer,
     write_t5_tokenizer,
 )
-from models.tiny.training import FOLDER, denoiser_loss, encode_captions, open_teacher, report, train
+from models.tiny.training import (
+    FOLDER,
+    denoiser_loss,
+    encode_captions,
+    identity_convs,
+    open_teacher,
+    reconstruction_loss,
+    report,
+    train,
+)
 from models.vae import AutoencoderKL
 from models.vision import VisionEncoder, original_name
 
@@ -75,14 +84,9 @@ def new_unet(config: dict) -> nn.Module:
 # ---- training ----------------------------------------------------------------------------------------------
 
 def vae_loss(net: AutoencoderKL, step: int) -> Tensor:
-    """Reconstruction and a light KL term on 16 fresh pictures. L1 alone would long miss the small shapes."""
+    """On 16 fresh pictures."""
     images = draw(random_scenes(10, range(step * 16, step * 16 + 16)))
-    mean, logvar = net.moments(images)
-    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-    z = mean + torch.exp(0.5 * logvar) * eps
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    decoded = net.decode(z)
-    return mse_loss(decoded, images) + 0.1 * l1_loss(decoded, images) + 3e-5 * kl
+    return reconstruction_loss(net.moments, net.decode, images, step, kl_weight=3e-5)
 
 
 @torch.no_grad()
@@ -112,10 +116,7 @@ def train_teacher(name: str, out: Path) -> None:
     else:  # of tiny-sd3; the 1x1 convolutions around SDXL's latent are identities
         shared = open_tensors(PRESETS["tiny-sd3"].ckpt).group("first_stage_model.")
         weights = {f"first_stage_model.{key}": p for key, p in shared.items()}
-        for key, width in (("quant_conv", 2 * preset.latent_channels),
-                           ("post_quant_conv", preset.latent_channels)):
-            weights[f"first_stage_model.{key}.weight"] = torch.eye(width)[:, :, None, None]
-            weights[f"first_stage_model.{key}.bias"] = torch.zeros(width)
+        weights |= {f"first_stage_model.{key}": p for key, p in identity_convs(preset.latent_channels).items()}
     words = longest_first(captions())
     clip_words = write_clip_tokenizer(FOLDER / "tokenizer", words, LENGTH)
     t5_words = write_t5_tokenizer(FOLDER / "tokenizer_3", words, LENGTH)

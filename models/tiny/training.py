@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 from models.checkpoint import replacing
 from models.data import noise
@@ -88,6 +88,26 @@ def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, o
         if look and (done % 1000 == 0 or done == steps):
             look(average, done)
     return average
+
+
+def reconstruction_loss(moments: Callable, decode: Callable, x: Tensor, step: int, kl_weight: float,
+                        noise: float = 0.0) -> Tensor:
+    """Reconstruction of x and KL; the decoder sees the posterior's sample with `noise` standard deviations of
+    the latent on top. L1 alone would long miss the small shapes."""
+    mean, logvar = moments(x)
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+    all_but_channels = [i for i in range(mean.ndim) if i != mean.ndim - 3]
+    std = torch.exp(0.5 * logvar) + noise * mean.std(all_but_channels, keepdim=True)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    decoded = decode(mean + std * eps)
+    return mse_loss(decoded, x) + 0.1 * l1_loss(decoded, x) + kl_weight * kl
+
+
+def identity_convs(Z: int) -> dict[str, Tensor]:
+    """The 1x1 convolutions around the latent of SDXL's and SD1.5's VAE, as identities."""
+    widths = {"quant_conv": 2 * Z, "post_quant_conv": Z}
+    return ({f"{name}.weight": torch.eye(width)[:, :, None, None] for name, width in widths.items()}
+            | {f"{name}.bias": torch.zeros(width) for name, width in widths.items()})
 
 
 def encode_captions(preset: Preset, text: nn.Module) -> Cond:

@@ -10,12 +10,12 @@ Letters: B clips, F frames, T latent frames, Z h w latent, L tokens, D width.
 """
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss, mse_loss
 
 from models.checkpoint import load, open_tensors, save_safetensors
 from models.cogvideox import CogVideoX
@@ -33,6 +33,7 @@ from models.tiny.training import (
     encode_captions,
     open_part,
     open_teacher,
+    reconstruction_loss,
     report,
     snr_times,
     train,
@@ -147,12 +148,8 @@ def vae_loss(windows: int, seed: int, noise: float, kl_weight: float) -> Callabl
     latent on top."""
     def loss_at(net: CogVideoXVAE, step: int) -> Tensor:
         clips = vae_clips(step, windows, seed)
-        mean, logvar = net.moments(clips, chunk=None)
-        eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        std = torch.exp(0.5 * logvar) + noise * mean.std((0, 1, 3, 4), keepdim=True)
-        decoded = net.decode(mean + std * eps, chunk=None)
-        return mse_loss(decoded, clips) + 0.1 * l1_loss(decoded, clips) + kl_weight * kl
+        moments, decode = partial(net.moments, chunk=None), partial(net.decode, chunk=None)
+        return reconstruction_loss(moments, decode, clips, step, kl_weight, noise)
     return loss_at
 
 
