@@ -143,7 +143,9 @@ def test_bfloat16(path):
     out = net.bfloat16()(*inputs)
     # 3 %: the rounding of the affine weights and of the result; computed in bfloat16, 100 - 99 would be lost.
     torch.testing.assert_close(norm(x).float(), expected, atol=3e-2, rtol=3e-2)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == torch.float32
+    # The last layer is not rounded: one value in 2^16 is a bfloat16 by chance.
+    assert (out == out.bfloat16()).float().mean() < 0.01
     rounded_weights = net.float()(*inputs)
     # Rounding activations too adds an error like that of rounding the weights: about double was measured.
     # Ten times are 15 % of the deviation; another function would be off by all of it.
