@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--sdm", choices=("2d", "video", "none"), default="2d", help="score matching of frames, of clips, or none")
     add("--frames-sdm", type=int, default=4, metavar="K", help="frames of each clip for --sdm 2d")
     add("--lambdas", type=float, nargs=2, metavar=("SDM", "GAN"), help="weights in Eq. (9)")
-    add("--cfg", dest="w", type=float, help="guidance of the score matching's teacher (default: the preset's)")
+    add("--cfg", type=float, nargs=1, metavar="W", help="guidance of the score matching's teacher")
     add("--ttur", type=int, default=2, help="updates of the fake model and of D per update of the generator")
     add("--warmup", type=int, metavar="PASSES", help="until the learning rates are whole")
     add("--lr-motion", type=float, help="of the generator's motion modules; --lr-theta is its UNet's")
@@ -91,11 +91,11 @@ def main(args):
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
     job.start(**roles)
-    job.count_evaluations(F_phi=F_phi, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}))
+    job.count_evaluations(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}))
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas
-    scale = sum(preset.cfg) / 2 if args.w is None else args.w
+    scale = args.cfg[0]
 
     def pick(name, indices, *values):  # --sdm 2d: of K frames of each clip, drawn without replacement, as pictures
         if args.sdm == "video":

@@ -18,7 +18,7 @@ import collect_odes
 import dmd
 import sample
 from models.job import networks
-from models.job.families import beside_cogvideox
+from models.job.families import DENOISER, MOTION, beside_cogvideox
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.cogvideox import CogVideoX
 from models.cogvideox import config_from_shapes as dit_config
@@ -236,6 +236,19 @@ def test_dmd_trains_video_too(tmp_path):
     run(dmd, *SHORT[:-2], "--evaluate", 0, "--generator-cfg-offset", 1, "--out", tmp_path / "run")
     first, second = rows(tmp_path / "run")
     assert first["loss_theta"] > 0 and first["grad_norm_theta"] > 0 and second["grad_norm_psi"] > 0
+
+
+@pytest.mark.parametrize("script", [adm, dmd], ids=["adm", "dmd"])
+def test_animatediff_is_trained_as_any_video_model(tmp_path, script):
+    flags = ["--model", "tiny-animatediff", "--batch-size", 1, "--max-iter", 1, "--evaluate", 0]
+    run(script, *flags, "--out", tmp_path)
+    assert all(row["grad_norm_theta"] > 0 and row["grad_norm_psi"] > 0 for row in rows(tmp_path))
+    for name, teacher in (("generator.safetensors", "tiny_sd15.safetensors"), (MOTION, "tiny_mm.safetensors")):
+        export, before = open_tensors(tmp_path / name), open_tensors(PRESETS["tiny-sd15"].ckpt.parent / teacher)
+        assert before.shapes.items() <= export.shapes.items()
+        assert export.metadata["dmdx.predicts"] == "epsilon" and "dmdx.rollout" not in export.metadata
+        moved = [key for key in before if not torch.equal(export[key], before[key].float())]
+        assert moved and all("motion_modules" in key or key.startswith(DENOISER) for key in moved)
 
 
 def test_pairs_of_video(tmp_path):
