@@ -123,8 +123,11 @@ def main(args):
                 x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)        # Alg. 1 l. 21
             h_fake = D_tau.features(x_fake, s, c)
             loss_theta = -D_tau(h_fake).mean()                                         # Eq. (7)
+            x_hat_0.retain_grad()
             (loss_theta / accumulation).backward()
-            log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
+            log.add(loss_theta=loss_theta)
+            log.latents(x_hat_0)
+            log.gradient(t, accumulation * len(t) * x_hat_0.grad, x_0_fake - x_0_real)
             job.phase("generator")
 
             # update discriminator D_tau. [differs] Its gradient is taken before l. 22 and not after:
@@ -138,8 +141,8 @@ def main(args):
             (loss_tau / accumulation).backward()
             job.phase("discriminator")
             del h_fake, h_real  # gigabytes at full size, which the next micro-batch needs
-            log.add(loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1),
-                    dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))                         # Eq. (6), Fig. 3
+            log.pairs(logits_fake, logits_real)
+            log.add(loss_tau=loss_tau, dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))          # Eq. (6), Fig. 3
         log.update("theta", opt_theta)                                                 # Alg. 1 l. 22
         gen_iter += 1                                                                  # Alg. 1 l. 23
         log.update("tau", opt_tau)                                                     # Alg. 1 l. 26

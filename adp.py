@@ -100,7 +100,8 @@ def main(args):
                 g_fake = D_tau2.features(job.decode(x_hat_0), recompute)
                 loss_theta = loss_theta - lambda_2 * D_tau2(g_fake).mean()             # Eq. (9)
             (loss_theta / accumulation).backward()
-            log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
+            log.add(loss_theta=loss_theta)
+            log.latents(x_hat_0)
             job.phase("generator")
 
             # update discriminators D_tau1, D_tau2 on the same samples
@@ -111,7 +112,7 @@ def main(args):
                     h_real = D_tau1.features(q(F_phi.schedule, x_0, t_d, z_d), t_d, c)
                 logits_fake, logits_real = D_tau1([h.detach() for h in h_fake]), D_tau1(h_real)
                 loss_tau = loss_tau + lambda_1 * hinge(logits_fake, logits_real)       # Eq. (10)
-                log.add(margin=(logits_real - logits_fake).mean(1))
+                log.pairs(logits_fake, logits_real)
                 del h_fake, h_real  # gigabytes at full size, which the pixels need
             if lambda_2:
                 with torch.no_grad():

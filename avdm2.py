@@ -155,7 +155,7 @@ def main(args):
                 log.add(loss_theta=loss_theta, gan=loss_gan, grad_gan=norms[0], grad_sdm=norms[1])
                 job.phase("generator")
             x_hat_0 = x_hat_0.detach()
-            log.add(x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
+            log.latents(x_hat_0)
 
             # update fake model f_psi. [differs] Its gradient and D's are taken before theta's step of l. 11 and
             # not after: both see x_hat_0 as it is.
@@ -178,7 +178,8 @@ def main(args):
             logits_fake, logits_real = D_tau(h_fake), D_tau(h_real)
             loss_tau = softplus(logits_fake).mean() + softplus(-logits_real).mean()    # Alg. 1 l. 17, Eq. (6)
             (loss_tau / accumulation).backward()
-            log.add(loss_tau=loss_tau, margin=(logits_real - logits_fake).mean(1))
+            log.pairs(logits_fake, logits_real)
+            log.add(loss_tau=loss_tau)
             job.phase("discriminator")
         if turn:
             log.update("theta", opt_theta, warm)                                       # Alg. 1 l. 11

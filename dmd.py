@@ -111,8 +111,11 @@ def main(args):
                 x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)
                 x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)
             loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)                         # Eqs. (5), (6)
+            x_hat_0.retain_grad()
             (loss_theta / accumulation).backward()
-            log.add(loss_theta=loss_theta, x_0_mean=x_hat_0.mean(), x_0_std=x_hat_0.flatten(1).std(1).mean())
+            log.add(loss_theta=loss_theta)
+            log.latents(x_hat_0)
+            log.gradient(t, accumulation * len(t) * x_hat_0.grad, x_0_fake - x_0_real)
             job.phase("generator")
         log.update("theta", opt_theta)                                                 # Alg. 1 l. 22
         gen_iter += 1                                                                  # Alg. 1 l. 23

@@ -250,4 +250,4 @@ def test_equations_are_cited_at_their_statements():
     assert found["Eq. (2), (3)"] == "loss_psi = mse_loss(f_psi(x_tf, t_f, c), expected)"
     assert found["Eq. (7)"] == "loss_theta = -D_tau(h_fake).mean()"
     assert found["Eq. (8)"] == "loss_tau = hinge(logits_fake, logits_real)"
-    assert found["Eq. (6), Fig. 3"] == "dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))"
+    assert found["Eq. (6), Fig. 3"] == "log.add(loss_tau=loss_tau, dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))"

@@ -108,9 +108,13 @@ def test_one_iteration_by_hand(tmp_path, stubs, model, micro):
         grad = (fake - real) / norm                     # Eq. (5), the norm a mean over the sample
     (loss_psi + (grad * x_hat_0).mean()).backward()     # Eq. (6)'s gradient is grad
     expected = dict(loss_psi=loss_psi, grad_norm_psi=b.grad.abs(), loss_theta=0.5 * grad.square().mean(),
-                    grad_norm_theta=a.grad.abs(), x_0_mean=x_hat_0.mean())
+                    grad_norm_theta=a.grad.abs(),
+                    grad_x_0=grad.flatten(1).norm(dim=1).mean() / grad[0].numel())
     for name, value in expected.items():
-        assert log[name] == pytest.approx(value.item(), rel=1e-4), name  # float32, sums in another order
+        found = log[name][0] if name == "grad_x_0" else log[name]  # the first is of all times
+        assert found == pytest.approx(value.item(), rel=1e-4), name  # float32, sums in another order
+    assert log["cos_dmd"][0] == pytest.approx(1)
+    assert log["x_0_mean"] == pytest.approx(x_hat_0.mean((0, 2, 3)).tolist(), rel=1e-4)
     # Without momentum AdamW's first step is the rate, against the gradient's sign.
     assert G_theta.weight.item() == pytest.approx(0.5 - 0.25 * a.grad.sign().item(), abs=1e-4)
     # Eq. (4): the generator follows s_real - s_fake, s = (alpha x_0 - x_t) / sigma^2, in every pixel.

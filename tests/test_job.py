@@ -21,7 +21,7 @@ from models.job import job as job_module
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import uniform
 from models.job.flags import resolve, run_folder
-from models.job.log import health
+from models.job.log import Log, health
 from models.job.networks import load_vae
 from models.parallel import init_distributed
 from models.presets import PRESETS
@@ -125,7 +125,7 @@ def test_metrics_have_every_figure_of_every_iteration(finished):
     first, second = rows(finished)
     assert [first["global_iter"], second["global_iter"], second["gen_iter"], second["skipped"]] == [1, 2, 2, 0]
     names = {f"{kind}_{role}" for kind in ("loss", "grad_norm") for role in ("psi", "theta", "tau")}
-    assert names | {"margin", "dmd", "x_0_mean", "x_0_std", "seconds", "gib"} < set(first) == set(second)
+    assert names | {"margin", "told_apart", "dmd", "cos_dmd", "grad_x_0", "x_0_mean", "x_0_std", "seconds", "gib"} < set(first) == set(second)
     assert len(first["margin"]) == ROW.config["depth"]  # one a head
 
 
@@ -355,27 +355,45 @@ def test_weights_come_from_the_hub_when_no_path_is_given(tmp_path, monkeypatch):
 def history(count, **changed):
     """Log rows of a healthy run; `changed` values are numbers, or functions of the row's place in [0, 1]."""
     def row(place):
-        values = dict(margin=[0.02, 0.04], loss_tau=1.97, grad_norm_psi=1.0, grad_norm_theta=0.1, grad_norm_tau=0.2, x_0_mean=0.0,
-                      x_0_std=1.0) | changed
+        values = dict(margin=[0.02, 0.04], loss_tau=1.97, grad_norm_psi=1.0, grad_norm_theta=0.1, grad_norm_tau=0.2, x_0_mean=[0.1, -0.1],
+                      x_0_std=[1.0, 1.0], told_apart=[0.5, 0.6]) | changed
         return {key: value(place) if callable(value) else value for key, value in values.items()}
     return [row(i / max(1, count - 1)) for i in range(count)]
 
 
 @pytest.mark.parametrize("rows, words", [
-    (history(100), "margin +0.0300 loss_tau 1.970 x_0 +0.000 +- 1.000 health: good"),
+    (history(100), "margin +0.0300 told apart 0.55 loss_tau 1.970 x_0 +0.000 +- 1.000 health: good"),
     (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell fake from real"),
     (history(100, loss_tau=1e-3), "health: D has won: its loss is 0"),
-    (history(100, x_0_std=lambda place: 1 + place), "health: x_0's deviation changed 2.00-fold over 100 iterations"),
-    (history(100, x_0_std=lambda place: 1 - place / 2), "health: x_0's deviation changed 0.50-fold over 100 iterations"),
-    (history(100, x_0_std=lambda place: float("nan")), "health: x_0's deviation changed nan-fold"),
+    (history(100, x_0_std=lambda place: [1, 1 + place]), "health: channel 1 of x_0: its deviation changed 1.87-fold over 100 iterations"),
+    (history(100, x_0_std=lambda place: [1 - place / 2, 1]), "health: channel 0 of x_0: its deviation changed 0.53-fold over 100 iterations"),
+    (history(100, x_0_std=lambda place: [float("nan")]), "health: channel 0 of x_0: its deviation changed nan-fold"),
+    (history(100, cos_dmd=[0.25, 0.1, None, 0.4]), "cos +0.25 (+0.10 +nan +0.40) x_0"),
     (history(100, grad_norm_theta=0.0), "health: theta has no gradient"),
     (history(3, grad_norm_psi=0.0, grad_norm_tau=0.0), "health: psi has no gradient; tau has no gradient"),
     (history(3, grad_norm_psi=lambda place: place), "health: good"),  # it was 0 once
     (history(49, margin=[0.0], loss_tau=0.0), "health: good"),  # too early to tell
-], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "theta dead", "two dead", "not dead", "early"])
+], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "cosines", "theta dead", "two dead", "not dead", "early"])
 def test_health_names_what_is_wrong(rows, words):
     line = health(rows)
-    assert words in line and (words.startswith("margin") or line.endswith(words) or "nan" in words)
+    assert words in line and (words.startswith(("margin", "cos")) or line.endswith(words) or "nan" in words)
+
+
+def test_diagnostics_by_hand():
+    """Two micro-batches; no time in the second third of [0, 1]."""
+    init_distributed()
+    log, x = Log(), torch.tensor([[[[1.0, 3.0]], [[0.0, 2.0]]]])  # B 1, C 2, H 1, W 2
+    for t, scale in ((torch.tensor([0.1, 1.0]), 1.0), (torch.tensor([0.3, 0.9]), 3.0)):
+        log.latents(scale * x)
+        log.pairs(torch.tensor([[0.0, 1.0]]), torch.tensor([[scale, 0.0]]))
+        grad = torch.tensor([[3.0, 4.0], [0.0, scale]])
+        log.gradient(t, grad.view(2, 1, 1, 2), torch.tensor([[3.0, 4.0], [1.0, 0.0]]).view(2, 1, 1, 2))
+    log.close()
+    assert log.record["x_0_mean"] == pytest.approx([4.0, 2.0])  # of 1, 3, 3, 9 and of 0, 2, 0, 6
+    assert log.record["x_0_std"] == pytest.approx([3.0, 6 ** 0.5])
+    assert log.record["margin"] == pytest.approx([0.5]) and log.record["told_apart"] == pytest.approx([0.5])
+    assert log.record["cos_dmd"] == [pytest.approx(0.5), pytest.approx(1.0), None, pytest.approx(0.0)]
+    assert log.record["grad_x_0"] == [pytest.approx(3.5), pytest.approx(5.0), None, pytest.approx(2.0)]
 
 
 def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
@@ -391,9 +409,10 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
         log = job.begin(i)
         for role in ("psi", "theta", "tau"):
             log.record |= {f"loss_{role}": 2.0, f"grad_norm_{role}": 1.0}
-        log.add(margin=torch.tensor([0.5, 0.7]), x_0_mean=torch.tensor(0.0), x_0_std=torch.tensor(1.0))
+        log.pairs(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.5, 0.5], [0.6, 0.8]]))
+        log.latents(torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2))
         assert not job.end(log, i)
-    assert lines == [f"{i}: margin +0.6000 loss_tau 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
+    assert lines == [f"{i}: margin +0.6000 told apart 0.75 loss_tau 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4]], ids=["full", "fake-lora"])

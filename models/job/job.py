@@ -226,8 +226,8 @@ class Job:
         if is_main() and not args.profile:
             data.append_jsonl(self.out / "metrics.jsonl", log.record)
             for name, value in log.record.items() if self.board else ():
-                value = sum(value) / len(value) if isinstance(value, list) else value
-                self.board.add_scalar(name, value, self.global_iter)
+                known = [v for v in value if v is not None] if isinstance(value, list) else [value]
+                self.board.add_scalar(name, sum(known) / len(known), self.global_iter)
         if due:
             self.history.append(log.record)
             self.bar.update()
