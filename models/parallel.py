@@ -210,12 +210,13 @@ def adamw(*groups: tuple[dict[str, nn.Parameter], float], betas: tuple[float, fl
           weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW on groups of (parameters, learning rate), by default with the settings of App. B.5. Its state is
     made here and not at the first step: it can be saved and resumed at any time. Fused: one kernel, where a
-    loop over sharded tensors takes as long as a tiny network, and over offloaded ones would use one core."""
+    loop over sharded tensors takes as long as a tiny network, and over offloaded ones would use one core.
+    With beta_1 = 0 it keeps no exp_avg: `update` lends it the gradient, which exp_avg would equal."""
     rates = [dict(params=params.values(), lr=lr, initial_lr=lr) for params, lr in groups]
     opt = torch.optim.AdamW(rates, betas=betas, weight_decay=weight_decay, fused=True)
     for p in (p for params, _ in groups for p in params.values()):
-        opt.state[p] = {"step": torch.zeros((), device=p.device),
-                        "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg_sq": torch.zeros_like(p)}
+        opt.state[p] |= {"exp_avg": torch.zeros_like(p)} if betas[0] else {}
     return opt
 
 
@@ -226,16 +227,21 @@ def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
 
 def update(opt: torch.optim.Optimizer, loss: Tensor, warmup: float = 1.0) -> tuple[float, float]:
     """Step, at `warmup` times the learning rates, and clear the gradients that `loss` (detached, this rank's
-    mean) left: (loss over all ranks, gradient norm). A non-finite loss or norm skips the step on every rank alike; the caller sees it in the
-    returned values."""
-    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm(grads) if grads else torch.zeros(())
+    mean) left: (loss over all ranks, gradient norm). A non-finite loss or norm skips the step on every rank
+    alike; the caller sees it in the returned values."""
+    trained = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([p.grad for p in trained]) if trained else torch.zeros(())
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, = mean_over_ranks([loss])
     for group in opt.param_groups:
         group["lr"] = warmup * group["initial_lr"]
     if math.isfinite(loss) and math.isfinite(norm):
+        lent = [p for p in trained if "exp_avg" not in opt.state[p]]
+        for p in lent:
+            opt.state[p]["exp_avg"] = p.grad
         opt.step()
+        for p in lent:
+            del opt.state[p]["exp_avg"]
     opt.zero_grad(set_to_none=True)
     return loss, norm
 

@@ -13,8 +13,10 @@ import torch
 from conftest import GOLDEN, ROOT, states_saved
 from safetensors.torch import load_file
 from test_videos import table
+from torch import nn
 
 from models.checkpoint import open_tensors
+from models.parallel import adamw, init_distributed, update
 
 # Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that where that is
 # 0 but for rounding two runs end up to two rates apart, and their next figures with them.
@@ -169,6 +171,24 @@ def test_two_ranks_collect_the_pairs_of_one(runs):
         assert a.keys() == b.keys()
         for name in a:  # x_0: float32 sums in another order, 3e-6 on the CPUs tried; the rest are draws
             torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-5 if name == "x_0" else 0)
+
+
+def test_adamw_without_first_moment_is_adamw_bit_for_bit():
+    """At beta_1 = 0 the moment is the gradient; a parameter without gradient stays."""
+    init_distributed()
+    torch.manual_seed(0)
+    layers = [nn.Linear(40, 30), nn.Linear(40, 30)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    ours = adamw((dict(layers[0].named_parameters()), 0.01))
+    theirs = torch.optim.AdamW(layers[1].parameters(), lr=0.01, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+    for step in range(5):
+        x = torch.randn(8, 40)
+        for layer in layers:
+            (layer(x).square().sum() if step else (x @ layer.weight.T).sum()).backward()
+        update(ours, torch.zeros(()))
+        theirs.step(), theirs.zero_grad()
+        assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
+        assert all(state.keys() == {"step", "exp_avg_sq"} for state in ours.state.values())
 
 
 # ---- continued ---------------------------------------------------------------------------------------------

@@ -19,19 +19,19 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 import adm
 from models.checkpoint import InputError
-from models.parallel import adamw, init_distributed
+from models.parallel import adamw, init_distributed, update
 from models.state import Named, complete_states, load_state, named_tensors, save_state
 
 PROGRESS = dict(gen_iter=3, global_iter=4, skipped=1)
 
 
-def roles(seed=0):
+def roles(seed=0, betas=(0.0, 0.99)):
     """A small layer and its optimizer, after one step."""
     torch.manual_seed(seed)
     params = dict(nn.Linear(3, 5).named_parameters())
-    opt = adamw((params, 0.1))
+    opt = adamw((params, 0.1), betas=betas)
     sum(p.square().sum() for p in params.values()).backward()
-    opt.step()
+    update(opt, torch.zeros(()))
     return {"theta": (params, opt)}
 
 
@@ -69,9 +69,20 @@ def plan_of(state):
 
 def test_what_is_saved_is_what_is_read(state):
     assert_loads(state)
-    kept = [f"{name}.{key}" for name in ("weight", "bias") for key in ("step", "exp_avg", "exp_avg_sq")]
+    kept = [f"{name}.{key}" for name in ("weight", "bias") for key in ("step", "exp_avg_sq")]
     names = {"theta.weight", "theta.bias", *(f"opt.theta.{key}" for key in kept)}
     assert plan_of(state).state_dict_metadata.keys() == names
+
+
+def test_a_state_that_kept_the_first_moment_although_beta_1_is_0(tmp_path):
+    init_distributed()
+    before = roles(betas=(0.5, 0.99))
+    state, after = save_state(tmp_path / "state", 4, before, PROGRESS), roles(1)
+    assert "opt.theta.weight.exp_avg" in plan_of(state).state_dict_metadata
+    assert load_state(state, after) == PROGRESS
+    expected = named_tensors(before)
+    for name, found in named_tensors(after).items():
+        assert torch.equal(found, expected[name]), name
 
 
 class OtherPython(pickle.Pickler):
