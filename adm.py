@@ -68,7 +68,7 @@ def main(args):
     opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta))
     opt_tau = adamw((tau, args.lr_tau))
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
-    job.count_evaluations(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)
+    job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     accumulation = len(job.micro_batches)

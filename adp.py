@@ -68,7 +68,7 @@ def main(args):
     if tau:
         roles |= dict(tau=(tau, adamw((tau, args.lr_tau))))
     job.start(**roles)
-    job.count_evaluations(F_phi=F_phi, G_theta=G_theta)
+    job.watch(F_phi=F_phi, G_theta=G_theta)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     iteration, accumulation, recompute = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
 

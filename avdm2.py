@@ -91,7 +91,7 @@ def main(args):
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
     job.start(**roles)
-    job.count_evaluations(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}))
+    job.watch(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}))
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas

@@ -19,10 +19,12 @@ import adm
 import sample
 from models.job import job as job_module
 from models.checkpoint import InputError, open_tensors, save_safetensors
-from models.data import uniform
+from models.data import noise, uniform
+from models.diffusion import Denoiser, solve, teacher_times
 from models.job.flags import resolve, run_folder
 from models.job.log import Log, health
-from models.job.networks import load_vae
+from models.job.networks import load_network, load_text, load_vae
+from models.job.sampling import deviations
 from models.parallel import init_distributed
 from models.presets import PRESETS
 
@@ -377,6 +379,25 @@ def history(count, **changed):
 def test_health_names_what_is_wrong(rows, words):
     line = health(rows)
     assert words in line and (words.startswith(("margin", "cos")) or line.endswith(words) or "nan" in words)
+
+
+def test_health_compares_with_the_teachers_deviation():
+    rows = history(100, x_0_std=[0.9, 1.4])
+    assert "deviation / teacher's 0.90 to 1.12 x_0" in health(rows, [1.0, 1.25]) and health(rows, [1.0, 1.25]).endswith("good")
+    assert health(rows, [1.2, 1.4]).endswith("health: channel 0 of x_0 has 0.75 times the teacher's deviation")
+
+
+def test_the_teachers_deviation_is_that_of_its_samples():
+    _, mesh = init_distributed()
+    args = adm.parse_args(["--evaluate", "16"])
+    preset = resolve(args)
+    net, text = load_network(args, preset, mesh, torch.device("cpu")), load_text(args, preset, mesh, torch.device("cpu"))
+    F, prompts = Denoiser(net, preset.predicts, preset.schedule), list(preset.sample_prompts)[:3]
+    found = deviations(F, text, prompts, args, preset, (4, 8, 8), torch.device("cpu"))
+    with torch.no_grad():
+        x_0 = solve(F, noise((4, 8, 8), 0, 0, "sample", [0, 1, 2]), teacher_times(28, 3.0), text.encode(prompts),
+                    text.unconditional(), torch.full((3,), 2.0))  # the middle of --cfg 1.5 2.5
+    assert found == pytest.approx(x_0.std((0, 2, 3), correction=0).tolist(), rel=1e-4)
 
 
 def test_diagnostics_by_hand():

@@ -30,7 +30,7 @@ from models.job.families import FAMILIES
 from models.job.flags import exact, read_training_prompts, run_folder
 from models.job.networks import export, latent_shape, load_text, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
-from models.job.sampling import generate
+from models.job.sampling import deviations, generate
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
@@ -59,7 +59,7 @@ class Job:
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
-        self.text, self.vae, self.scorers = None, None, {}
+        self.text, self.vae, self.scorers, self.F_phi, self.teacher_std = None, None, {}, None, None
         # With --videos: what was wrong with this rank's first bad ones, and how many it met in this iteration.
         self.faults, self.bad_videos = None, 0
         if args.random_weights:
@@ -177,9 +177,10 @@ class Job:
     def _request_stop(self, *_) -> None:
         self.stop = True
 
-    def count_evaluations(self, **roles: Denoiser) -> None:
-        """With --profile, count the samples that each role's network and D_tau's backbone see, recomputation
-        not included."""
+    def watch(self, **roles: Denoiser) -> None:
+        """F_phi's samples are what `health` compares the generator's with. With --profile, count the samples
+        that each role's network and D_tau's backbone see, recomputation not included."""
+        self.F_phi = roles["F_phi"]
         for net in {id(role.net): role.net for role in roles.values()}.values() if self.args.profile else ():
             def hook(_, positional, named, net=net):
                 name = "D_tau features" if named.get("taps") else next(
@@ -233,8 +234,12 @@ class Job:
             self.bar.update()
             self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.record.items()
                                               if key.startswith("loss_")))
-            if gen_iter % 100 == 0 and is_main():
-                self.bar.write(f"{gen_iter}: {health(self.history)}")
+            if gen_iter % 100 == 0:
+                if self.teacher_std is None and self.text is not None and args.evaluate:
+                    self.teacher_std = deviations(self.F_phi, self.text, self.known_prompts()[:64], args,
+                                                  self.preset, self.latent_shape, self.device)
+                if is_main():
+                    self.bar.write(f"{gen_iter}: {health(self.history, self.teacher_std)}")
         stop = any_rank(self.stop) or self.bad >= MAX_BAD
         due = due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)
         if not args.profile and (stop or due):

@@ -75,8 +75,9 @@ def average(records: list[dict], name: str) -> list[float]:
     return [sum(column) / len(column) if column else math.nan for column in columns]
 
 
-def health(history) -> str:
-    """One line about the last iterations: what a person would look for in the curves."""
+def health(history, teacher_std: list[float] | None = None) -> str:
+    """One line about the last iterations: what a person would look for in the curves. `teacher_std`: the
+    deviation of each channel of the teacher's latents."""
     records, figures = list(history), ""
     last = records[-1]
     worries = [f"{key.removeprefix('grad_norm_')} has no gradient" for key in last
@@ -96,5 +97,10 @@ def health(history) -> str:
     drifts = [b / max(a, 1e-12) for a, b in zip(before, after)]
     worries += [f"channel {i} of x_0: its deviation changed {drift:.2f}-fold over {len(records)} iterations"
                 for i, drift in enumerate(drifts) if not 0.67 < drift < 1.5][:1]
+    if teacher_std:
+        ratios = [student / max(teacher, 1e-12) for student, teacher in zip(stds, teacher_std)]
+        figures += f"deviation / teacher's {min(ratios):.2f} to {max(ratios):.2f} "
+        worries += [f"channel {i} of x_0 has {ratio:.2f} times the teacher's deviation"
+                    for i, ratio in enumerate(ratios) if not 0.8 < ratio < 1.25][:1]
     return (f"{figures}x_0 {sum(means) / len(means):+.3f} +- {sum(stds) / len(stds):.3f} "
             f"health: {'; '.join(worries or ['good'])}")
