@@ -4,6 +4,7 @@ Letters: B pictures or clips, Z h w latent, L tokens, D width.
 """
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,16 +45,18 @@ def open_teacher(name: str, ckpt: Path | None = None) -> tuple[Denoiser, nn.Modu
 
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path,
-          stop: int | None = None, look: Callable | None = None) -> nn.Module:
-    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices of a transformer's blocks,
-    which learn faster by it, AdamW for everything else. Returns the moving average of the weights.
+          stop: int | None = None, look: Callable | None = None, muon: str = r"(joint|transformer)_blocks\.",
+          ) -> nn.Module:
+    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices whose names match `muon`, by
+    default those of a transformer's blocks, which learn faster by it, AdamW for all else that requires its
+    gradient. Returns the moving average of the weights.
 
     Batches depend on the step alone, all else is in out/<name>.pt: a killed run goes on as if never stopped.
-    `stop` ends early, for tests; `look(average, step)` is called now and then to show samples."""
+    `stop` ends early; `look(average, step)` is called now and then to show samples."""
     average = copy.deepcopy(net).requires_grad_(False)
-    matrices = [p for path, p in net.named_parameters()
-                if path.startswith(("joint_blocks.", "transformer_blocks.")) and p.ndim == 2]
-    others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
+    trained = {path: p for path, p in net.named_parameters() if p.requires_grad}
+    matrices = [p for path, p in trained.items() if re.match(muon, path) and p.ndim == 2]
+    others = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
     opts = {"adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99))}
     if matrices:
         opts["muon"] = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
