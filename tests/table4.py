@@ -37,7 +37,7 @@ ROWS = {  # row of the paper: (what it is, script, flags, run it starts from)
     "TTUR 4": ("B4 with TTUR 4", "adm.py", ["--ttur", "4"], "A5"),
     "TTUR 8": ("B4 with TTUR 8", "adm.py", ["--ttur", "8"], "A5"),
 }
-FIGURES = ("accuracy", "total_variation", "frechet")
+FIGURES = ("accuracy", "total_variation", "frechet", "sharpness")
 
 
 def run(script: str, out: Path, *flags, model: str = "tiny-sdxl") -> None:
@@ -119,7 +119,7 @@ def main():
         for wave in waves:  # what others start from comes first
             list(pool.map(lambda job: train(args, *job), [(name, seed) for seed in seeds for name in wave]))
 
-    print("\n| row | accuracy | total variation | Frechet | s per update, relative |\n|---|---|---|---|---|")
+    print("\n| row | accuracy | total variation | Frechet | sharpness | s per update, relative |\n|---|---|---|---|---|---|")
     teacher = PRESETS["tiny-sdxl"]
     for steps, cfg in ((teacher.teacher_steps, teacher.teacher_cfg), (1, teacher.teacher_cfg), (1, None)):
         label = f"teacher, {steps} step{'s' * (steps > 1)}" + (f", guidance {cfg:g}" if cfg else "")

@@ -42,7 +42,7 @@ ROWS = {  # what it is -> flags; TONE stands for the second teacher's file
     "GAN + 2D, teacher of another tone": ["--teacher-2d", "TONE"],
 }
 TONE = (0.6, -0.25)
-FIGURES = ("accuracy", "direction", "total_variation", "consistency", "frechet")
+FIGURES = ("accuracy", "direction", "total_variation", "consistency", "frechet", "sharpness")
 
 
 def train_tone(out: Path) -> None:

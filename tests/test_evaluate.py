@@ -448,7 +448,7 @@ def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeyp
     def lines():
         return [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert [line["gen_iter"] for line in lines()] == [1, 2] and asked == ["clip"]
-    assert all(line.keys() == {"gen_iter", "accuracy", "total_variation", "frechet", "clip"} for line in lines())
+    assert all(line.keys() == {"gen_iter", "accuracy", "total_variation", "frechet", "sharpness", "clip"} for line in lines())
     last = json.loads((tmp_path / "run" / "comparison.json").read_text())["student, 1 step"]
     assert {name: lines()[1][name] for name in last} == last  # the closing comparison's samples are the same
     adm.main(adm.parse_args([*flags, "--max-iter", "3", "--resume",

@@ -117,12 +117,25 @@ def test_frechet_of_covariances_that_do_not_commute():
     assert shapes.frechet(a, b) == pytest.approx(expected.item() / 3)
 
 
+def test_sharpness_sees_blur():
+    prompts = shapes.evaluation_prompts(256)
+    images = shapes.reference(prompts, seed=9)
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    sharp, soft = shapes.evaluate(images, prompts), shapes.evaluate(blurred, prompts)
+    assert sharp["sharpness"] == pytest.approx(1, abs=0.1)  # other shapes than the held-out ones
+    assert soft["sharpness"] < 0.5 < soft["accuracy"]  # most shapes can still be read
+    x = torch.zeros(1, 3, 5, 5)
+    x[:, :, 2, 2] = 1  # one of nine inner pixels has 4, four have 1
+    assert shapes.sharpness(x).item() == pytest.approx(8 / 9)
+
+
 def test_evaluate_takes_uint8():
     prompts = shapes.evaluation_prompts(64)
     images = shapes.reference(prompts, seed=9)
     a, b = shapes.evaluate(images, prompts), shapes.evaluate(((images + 1) * 127.5).round().byte(), prompts)
     assert a["accuracy"] == b["accuracy"] and a["total_variation"] == b["total_variation"]
     assert a["frechet"] == pytest.approx(b["frechet"], abs=1e-3)  # rounding to 8 bits
+    assert a["sharpness"] == pytest.approx(b["sharpness"], rel=1e-2)  # the rounding's own Laplacian
 
 
 def test_evaluation_prompts():

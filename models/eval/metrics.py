@@ -51,7 +51,7 @@ COLUMNS = {
     "lpips": ("LPIPS diversity", 4), "fvd": ("FVD", 2), "clip-video": ("CLIP score of frames", 2),
     "final": ("VBench final", 3), "quality": ("quality", 3), "semantic": ("semantic", 3),
     "accuracy": ("accuracy", 3), "direction": ("direction", 3), "total_variation": ("total variation", 3),
-    "consistency": ("consistency", 3), "frechet": ("Frechet", 3),
+    "consistency": ("consistency", 3), "frechet": ("Frechet", 3), "sharpness": ("sharpness", 3),
 }
 
 

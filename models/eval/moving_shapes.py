@@ -152,8 +152,10 @@ def reference(prompts: list[str], seed: int, repeats: int = 1, frames: int = 9) 
 
 
 @cache
-def held_out_features(prompts: tuple[str, ...], frames: int) -> Tensor:
-    return clip_features(reference(list(prompts), 2, max(1, 1024 // len(prompts)), frames))
+def held_out(prompts: tuple[str, ...], frames: int) -> tuple[Tensor, Tensor]:
+    """Features of held-out clips and sharpness of their frames."""
+    clips = reference(list(prompts), 2, max(1, 1024 // len(prompts)), frames)
+    return clip_features(clips), shapes.sharpness(clips.flatten(0, 1))
 
 
 def evaluate(clips: Tensor, prompts: list[str]) -> dict[str, float]:
@@ -162,13 +164,16 @@ def evaluate(clips: Tensor, prompts: list[str]) -> dict[str, float]:
 
     accuracy: share of frames that show what the prompt names. direction: share of clips that move in the
     direction named, or in any one if none is. total_variation: over what the prompt leaves free, direction
-    and place included. consistency: share of adjacent frames that agree. frechet: to held-out data."""
+    and place included. consistency: share of adjacent frames that agree. frechet: to held-out data. sharpness: of
+    the frames, in units of the data's."""
     clips = clips / 127.5 - 1 if clips.dtype == torch.uint8 else clips
     named, frames = parse(prompts), clips.shape[1]
     labels, seen, displacement = read_clip(clips)
+    their_features, their_sharpness = held_out(tuple(prompts), frames)
     right = ((labels[:, 4] == named[:, 4]) | (named[:, 4] < 0)) & (labels[:, 4] >= 0)
     return dict(accuracy=shapes.accuracy(seen.flatten(0, 1), named[:, :4].repeat_interleave(frames, 0)),
                 direction=right.double().mean().item(),
                 total_variation=total_variation(labels, named),
                 consistency=consistency(seen, displacement),
-                frechet=frechet(clip_features(clips), held_out_features(tuple(prompts), frames)))
+                frechet=frechet(clip_features(clips), their_features),
+                sharpness=(shapes.sharpness(clips.flatten(0, 1)).mean() / their_sharpness.mean()).item())

@@ -231,15 +231,27 @@ def reference(prompts: list[str], seed: int, repeats: int = 1) -> Tensor:
     return draw(random_scenes(seed, range(len(named)), named))
 
 
+def sharpness(images: Tensor) -> Tensor:
+    """(B,) float64: the mean size of the Laplacian of pictures (B 3 H W) in [-1, 1], which blur lowers."""
+    x = images.float().clamp(-1, 1)
+    middle, sides = x[..., 1:-1, 1:-1], x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    return (4 * middle - sides).abs().double().mean((1, 2, 3))
+
+
 @cache
-def held_out_features(prompts: tuple[str, ...]) -> Tensor:
-    return features(reference(list(prompts), seed=2, repeats=max(1, 4096 // len(prompts))))
+def held_out(prompts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Features and sharpness of held-out data."""
+    images = reference(list(prompts), seed=2, repeats=max(1, 4096 // len(prompts)))
+    return features(images), sharpness(images)
 
 
 def evaluate(images: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Prompt accuracy, total variation over free attributes and Frechet distance to held-out data of pictures
-    (B 3 H W), uint8 or in [-1, 1]. Use `evaluation_prompts`, whose repeats the total variation needs."""
+    """Prompt accuracy, total variation over free attributes, Frechet distance to held-out data, and sharpness in
+    units of the data's, of pictures (B 3 H W), uint8 or in [-1, 1]. Use `evaluation_prompts`, whose repeats the
+    total variation needs."""
     images = images / 127.5 - 1 if images.dtype == torch.uint8 else images
     labels, named = read(images), parse(prompts)
+    their_features, their_sharpness = held_out(tuple(prompts))
     return dict(accuracy=accuracy(labels, named), total_variation=total_variation(labels, named),
-                frechet=frechet(features(images), held_out_features(tuple(prompts))))
+                frechet=frechet(features(images), their_features),
+                sharpness=(sharpness(images).mean() / their_sharpness.mean()).item())
