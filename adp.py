@@ -78,6 +78,11 @@ def main(args):
         x_T, x_0, prompts = pairs.read(job.shuffled(indices, len(pairs)))
         return x_T.to(device), x_0.to(device), job.text.encode(prompts)
 
+    def pixel_features(x):  # D_tau2's maps, a few pictures at a time: the graph of a decoder takes gigabytes
+        for part in x.split(preset.decode_batch):
+            image = job.vae.decode(part, checkpoint=recompute)
+            yield D_tau2.features(image, recompute)
+
     while iteration < args.max_iter:
         iteration += 1
         log = job.begin(iteration)
@@ -89,17 +94,27 @@ def main(args):
             x_t = q(G_theta.schedule, x_0, t, x_T)  # linear interpolation of the pair  # Sec. 4.2.1
             v = G_theta(x_t, t, c)
             x_hat_0, _ = to_x_0_eps(G_theta.predicts, G_theta.schedule, v, x_t, t)
-            loss_theta = 0.0
             if args.loss == "mse":
                 loss_theta = mse_loss(v, target("velocity", "flow", x_0, t, x_T))      # Eq. (3), ablation A1
-            if lambda_1:
-                t_d, z_d = random_time(F_phi.schedule, job.uniform("t_d", indices)), job.noise("z_d", indices)
-                h_fake = D_tau1.features(q(F_phi.schedule, x_hat_0, t_d, z_d), t_d, c)
-                loss_theta = loss_theta - lambda_1 * D_tau1(h_fake).mean()             # Eq. (9)
-            if lambda_2:
-                g_fake = D_tau2.features(job.decode(x_hat_0), recompute)
-                loss_theta = loss_theta - lambda_2 * D_tau2(g_fake).mean()             # Eq. (9)
-            (loss_theta / accumulation).backward()
+                (loss_theta / accumulation).backward()
+            else:  # both losses are taken back to x, then once through G_theta
+                x, loss_theta = x_hat_0.detach().requires_grad_(), 0.0
+                if lambda_1:
+                    t_d, z_d = random_time(F_phi.schedule, job.uniform("t_d", indices)), job.noise("z_d", indices)
+                    h_fake = D_tau1.features(q(F_phi.schedule, x, t_d, z_d), t_d, c)
+                    loss = -lambda_1 * D_tau1(h_fake).mean()                           # Eq. (9)
+                    loss.backward()
+                    loss_theta, h_fake = loss.detach(), [h.detach() for h in h_fake]
+                if lambda_2:
+                    parts = []
+                    for g in pixel_features(x):
+                        loss = -lambda_2 * D_tau2(g).mean() * len(g[0]) / len(x)       # Eq. (9)
+                        loss.backward()
+                        loss_theta = loss_theta + loss.detach()
+                        parts.append([h.detach() for h in g])
+                        del g, loss  # the graph of this picture, before that of the next
+                    g_fake = [torch.cat(maps) for maps in zip(*parts)]
+                x_hat_0.backward(x.grad / accumulation)
             log.add(loss_theta=loss_theta)
             log.latents(x_hat_0)
             job.phase("generator")
@@ -110,17 +125,17 @@ def main(args):
             if lambda_1:
                 with torch.no_grad():  # [choice] the fake sample's time and noise
                     h_real = D_tau1.features(q(F_phi.schedule, x_0, t_d, z_d), t_d, c)
-                logits_fake, logits_real = D_tau1([h.detach() for h in h_fake]), D_tau1(h_real)
+                logits_fake, logits_real = D_tau1(h_fake), D_tau1(h_real)
                 loss_tau = loss_tau + lambda_1 * hinge(logits_fake, logits_real)       # Eq. (10)
                 log.pairs(logits_fake, logits_real)
                 del h_fake, h_real  # gigabytes at full size, which the pixels need
             if lambda_2:
                 with torch.no_grad():
-                    g_real = D_tau2.features(job.decode(x_0))
-                logits_fake, logits_real = D_tau2([g.detach() for g in g_fake]), D_tau2(g_real)
+                    g_real = [torch.cat(maps) for maps in zip(*pixel_features(x_0))]
+                logits_fake, logits_real = D_tau2(g_fake), D_tau2(g_real)
                 loss_tau = loss_tau + lambda_2 * hinge(logits_fake, logits_real)       # Eq. (10)
                 log.add(margin_pixel=(logits_real - logits_fake).mean(1))
-                del g_fake, g_real
+                del g_fake, g_real, parts
             if tau:
                 (loss_tau / accumulation).backward()
                 log.add(loss_tau=loss_tau)

@@ -250,11 +250,6 @@ class Job:
                              f"state saved in {self.out / 'state'}")
         return stop
 
-    def decode(self, x_0: Tensor) -> Tensor:
-        """Images (B 3 H W) in [-1, 1] of latents, with gradient; activations are recomputed in backward."""
-        parts = x_0.split(self.preset.decode_batch)
-        return torch.cat([self.vae.decode(part, checkpoint=not self.args.no_checkpointing) for part in parts])
-
     # ---- pictures, export, closing comparison
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
