@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch.nn.functional import mse_loss
 
+from models.checkpoint import InputError
 from models.diffusion import (
     Denoiser,
     delta_t,
@@ -40,12 +41,17 @@ from models.parallel import adamw, init_distributed, set_trainable
 def parse_args(argv=None):
     parser, add = flags.distillation_parser(__file__, __doc__)
     add("--lr-tau", type=float, help="learning rate of the discriminator")
+    add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
+    add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
     return parser.parse_args(argv)
 
 
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     preset = flags.resolve(args)
+    dt = delta_t(preset.schedule) if args.dt is None else args.dt
+    if not 0 < dt < 1:
+        raise InputError(f"--dt {dt:g}: expected more than 0 and less than 1")
     job = Job(__file__, args, preset, mesh, device)
     load = partial(networks.load_network, args, preset, mesh, device)
 
@@ -72,7 +78,8 @@ def main(args):
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     accumulation = len(job.micro_batches)
-    dt = delta_t(preset.schedule)
+    # [choice] Alg. 1 l. 20 does not say whether the gradient passes through f_psi: it does.
+    f_step = replace(f_psi, net=torch.no_grad()(f_psi.net)) if args.detach_fake else f_psi
 
     def guidance(name, indices):  # scales of the real score and of the generator; None: unguided
         w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * job.uniform(name, indices)
@@ -106,7 +113,7 @@ def main(args):
 
         # update generator G_theta                                                     # Alg. 1 l. 14
         set_trainable(psi, False)
-        n = job.integer("n", args.steps)                                               # Alg. 1 l. 15
+        n = job.integer("n", args.steps)  # [choice] one for all samples and ranks     # Alg. 1 l. 15
         for indices, c in batch:
             set_trainable(tau, False)
             z_hat = job.noise("z_hat", indices)                                        # Alg. 1 l. 15
@@ -118,7 +125,7 @@ def main(args):
             t = random_time(F_phi.schedule, job.uniform("t", indices), low=dt)         # Alg. 1 l. 18
             s = (t - dt).clamp_min(0)  # [choice] t > dt, so that the step stays in [0, T]
             x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
-            x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)  # with f_psi's graph     # Alg. 1 l. 20
+            x_fake, x_0_fake = ode_step(f_step, x_t, t, s, c)                          # Alg. 1 l. 20
             with torch.no_grad():
                 x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)        # Alg. 1 l. 21
             h_fake = D_tau.features(x_fake, s, c)

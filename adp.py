@@ -13,6 +13,7 @@ x_T, x_0 the ends of a pair, noise and teacher's sample     c its prompt     x_h
 t generator time     t_d, z_d time and noise of the latent discriminator, on the teacher's schedule
 Shapes: latents B C H W, times B; images B 3 and their height and width.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def parse_args(argv=None):
     parser, add = flags.training_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
+    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py, as --loss mse")
     add("--steps", type=int, help="steps at which the generator is sampled and compared")
     add("--loss", choices=("gan", "mse"), default="gan", help="mse: rectified flow, no discriminator")
     add("--lambdas", type=float, nargs=2, metavar=("LATENT", "PIXEL"), default=(0.85, 0.15),
@@ -55,8 +57,9 @@ def main(args):
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
     F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
-    # The teacher's weights, to be taught another prediction on another path.          # Sec. 4.2.1
-    G_theta = Denoiser(networks.load_network(args, preset, mesh, device, trainable=True), "velocity", "flow")
+    # [choice] The teacher's weights, whose epsilon or v is read as the velocity of the pair's straight path from
+    # the first update on.                                                              # Sec. 4.2.1
+    G_theta = replace(networks.load_generator(args, preset, mesh, device), predicts="velocity", schedule="flow")
     theta, tau = networks.trainables(G_theta), {}
     if lambda_1:
         D_tau1 = networks.new_discriminator(args, preset, F_phi, mesh, device)

@@ -97,7 +97,7 @@ def main(args):
 
         # update generator G_theta                                                     # Alg. 1 l. 14
         set_trainable(psi, False)
-        n = job.integer("n", args.steps)                                               # Alg. 1 l. 15
+        n = job.integer("n", args.steps)  # [choice] one for all samples and ranks     # Alg. 1 l. 15
         for indices, c in batch:
             z_hat = job.noise("z_hat", indices)                                        # Alg. 1 l. 15
             w, w_G = guidance("w", indices)

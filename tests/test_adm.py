@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, states_saved
+from conftest import ROOT, refusal_of, states_saved
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
@@ -118,6 +118,35 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
     assert slope == pytest.approx(norm, rel=0.02)
 
 
+def test_gradient_of_eq7_without_f_psis_graph(tmp_path, monkeypatch):
+    """--detach-fake: f_psi's prediction is a constant, so that x_fake = x_t + (s - t) v moves as x_t does. D_tau is
+    replaced by the mean of the tapped network's input."""
+    monkeypatch.setattr(Discriminator, "features", lambda self, x, t, c: [x])
+    monkeypatch.setattr(Discriminator, "forward", lambda self, h: sum(p.sum() * 0 for p in self.parameters())
+                        + h[0].mean((1, 2, 3))[None])
+    row, = train(tmp_path / "run", "--max-iter", 1, "--steps", 1, "--detach-fake")
+    # dx_t / dx_hat_0 = 1 - t: between 1/64 and 1, and largest where t is smallest.
+    every, first, _, last = row["grad_x_0"]
+    size = (4 * 8 * 8) ** 0.5  # the norm of a gradient of 1 / n in each of n elements is 1 / size
+    assert 0 < every * size < 1
+    t = (1 - (1 - 1 / 64) * uniform(0, 1, "t", range(4)))
+    assert every * size == pytest.approx((1 - t).mean().item(), rel=1e-4)
+
+
+def test_dt_is_what_the_two_steps_span(tmp_path, monkeypatch):
+    spans, step = [], adm.ode_step
+
+    def ode_step(F, x_t, t, s, *rest):
+        spans.append((t - s).expand(len(x_t)))
+        return step(F, x_t, t, s, *rest)
+    monkeypatch.setattr(adm, "ode_step", ode_step)
+    train(tmp_path / "run", "--max-iter", 1, "--steps", 1, "--dt", 0.25)
+    for span in spans[1:]:  # the first is the generator's, from 1 to 0
+        torch.testing.assert_close(span, torch.full((4,), 0.25))
+    for dt in ("0", "1.5", "nan"):
+        assert refusal_of("adm.py", "--out", tmp_path / "no", "--dt", dt).startswith(f"adm.py: --dt {float(dt):g}: ")
+
+
 def test_eq8_and_margins_by_hand(tmp_path, monkeypatch):
     """D_tau replaced by constant logits: fake 0.25, real -0.5 give 1.25 + 1.5 in Eq. (8), -0.25 in Eq. (7), a
     margin of -0.75."""
@@ -220,7 +249,7 @@ ALGORITHM = {
     16: ["x_hat_tn = solve(G_theta, z_hat, tn[n:], c"],
     17: ["_, x_hat_0 = ode_step(G_theta, x_hat_tn, tn[n], tn[0], c"],
     18: ['z_g = job.noise("z_g"', "t = random_time(F_phi.schedule"], 19: ["x_t = q(F_phi.schedule, x_hat_0, t, z_g)"],
-    20: ["x_fake, x_0_fake = ode_step(f_psi, x_t, t, s, c)"],
+    20: ["x_fake, x_0_fake = ode_step(f_step, x_t, t, s, c)"],
     21: ["x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)"],
     22: ['log.update("theta", opt_theta)'], 23: ["gen_iter += 1"],
     25: ["logits_fake, logits_real = D_tau("], 26: ['log.update("tau", opt_tau)'],
