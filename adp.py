@@ -53,6 +53,8 @@ def main(args):
                          f"pictures and {args.model} makes videos; expected the second to be 0")
     pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
                                                         args.model, networks.latent_shape(args, preset))
+    if pairs:
+        networks.check_pairs(args, preset, pairs)
     job = Job(__file__, args, preset, mesh, device)
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 

@@ -8,7 +8,6 @@ Writes OUT/pairs_FIRST-LAST.safetensors and OUT/manifest.json. Pair i depends on
 alone, not on the number of ranks. An interrupted collection goes on when the same command is run again, a
 finished one when --count is larger; shards that --verify found damaged are made again.
 """
-import hashlib
 import json
 import math
 import shutil
@@ -21,9 +20,8 @@ from tqdm import tqdm
 
 from models import data, shards
 from models.job import flags, networks
-from models.checkpoint import TORCH_SUFFIXES, InputError
+from models.checkpoint import InputError
 from models.diffusion import Denoiser, solve, teacher_times
-from models.job.families import source
 from models.job.networks import DTYPES
 from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
@@ -33,7 +31,8 @@ def parse_args(argv=None):
     parser = flags.model_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
     add = parser.add_argument_group("pairs").add_argument
-    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv; in its order, again and again")
+    add("--prompts", type=Path, nargs="+",
+        help=".txt, .jsonl, .csv, .tsv or .json; in their order, again and again")
     add("--count", type=int, help="pairs in all")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
     add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
@@ -46,32 +45,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def fingerprint(path: Path) -> str:
-    """Tells checkpoints apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and to hash
-    all of 16 GB at each start would take minutes."""
-    path = path.parent if path.name.endswith(".index.json") else path
-    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
-    digest = hashlib.sha256()
-    for file in sorted(files) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        digest.update(f"{size} ".encode())
-        with file.open("rb") as f:
-            for i in range(256):
-                f.seek(max(0, size - 4096) * i // 255)
-                digest.update(f.read(4096))
-    return digest.hexdigest()
-
-
 def settings(args, preset: Preset) -> dict:
     """What all pairs of a folder have in common, as it comes back from JSON."""
+    prompts = args.prompts if isinstance(args.prompts, list) else [args.prompts]  # the preset's
+    files = [shards.sha256(path) for path in prompts]
     same = dict(model=args.model, size=args.size, latent_shape=networks.latent_shape(args, preset),
                 seed=args.seed, steps=args.steps, schedule=preset.schedule, shift=preset.shift, cfg=args.cfg,
-                precision=args.precision, no_t5=args.no_t5, dtype=args.dtype, shard_size=args.shard_size,
-                prompts=shards.sha256(args.prompts), checkpoint=fingerprint(source(args, preset).path),
-                text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
-    same |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
+                precision=args.precision, dtype=args.dtype, shard_size=args.shard_size,
+                prompts=files[0] if len(files) == 1 else files, **networks.teacher_files(args, preset))
     same |= dict(frames=args.frames) if preset.frames else {}
-    same |= dict(null_prompt=args.null_prompt) if args.null_prompt else {}
     return json.loads(json.dumps(same))
 
 

@@ -11,7 +11,6 @@ evaluate.py scores a folder as one generator's. A file that this project exporte
 trained for, and at which guidance, mostly none; then the generator's schedule is used. Everything else is
 sampled as a teacher: Euler or DDIM steps on the original's schedule with guidance.
 """
-import json
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from models.diffusion import Denoiser, generator_times, teacher_times
 from models.eval.prompt_sets import SETS, prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, source
+from models.job.notes import export_notes, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
 from models.presets import PRESETS
@@ -47,8 +47,8 @@ def parse_args(argv=None):
 
 def from_run_folder(args) -> None:
     """Replace --ckpt RUN by what the run exported, a file or base and adapter; take over its model flags."""
-    trained = json.loads((args.ckpt / "config.json").read_text()).get("args")
-    if trained is None:
+    trained = run_settings(args.ckpt)
+    if not trained:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
     preset = PRESETS[args.model]
@@ -71,11 +71,10 @@ def from_run_folder(args) -> None:
                          "or continue it with --resume")
 
 
-def export_notes(args) -> dict[str, str]:
-    """What an exported generator or adapter says of itself: dmdx.model, dmdx.steps, dmdx.predicts, ..."""
+def given_notes(args) -> dict[str, str]:
+    """What the given files say of themselves: dmdx.model, dmdx.steps, dmdx.predicts, ..."""
     files = [path for path in (args.ckpt, args.lora, args.motion_ckpt) if path and path.is_file()]
-    return {key: value for path in files for key, value in open_tensors(path).metadata.items()
-            if key.startswith("dmdx.")}
+    return {key: value for path in files for key, value in export_notes(open_tensors(path)).items()}
 
 
 def checkpoint_name(args, repo: str) -> str:
@@ -110,7 +109,7 @@ def main(args):
         raise InputError(f"{args.ckpt}: no such file or folder; expected a checkpoint or a run folder")
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
-    notes = export_notes(args)
+    notes = given_notes(args)
     args.model = notes.get("dmdx.model", args.model or "tiny-sd3")
     if asked not in (None, args.model):
         raise InputError(f"--model {asked}: {args.lora or args.ckpt} was trained for {args.model}; expected "
@@ -118,7 +117,7 @@ def main(args):
     args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
     preset = flags.resolve_model(args)
     flags.at_least_1(args, ("count", "steps", "batch"))
-    metadata = source(args, preset).metadata | notes
+    metadata = export_notes(source(args, preset)) | notes
     student = "dmdx.steps" in metadata
     steps = args.steps or int(metadata.get("dmdx.steps", preset.teacher_steps))
     shift = float(metadata.get("dmdx.shift", preset.shift))
@@ -134,12 +133,12 @@ def main(args):
     refuse_other_samples(args.out, settings, prompts)
 
     family = FAMILIES[preset.family]
+    preset = preset._replace(predicts=metadata.get("dmdx.predicts", preset.predicts),
+                             schedule=metadata.get("dmdx.schedule", preset.schedule))
     net = networks.load_network(args, preset, mesh, device)
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net, family.names), args.lora_scale)
-    F = Denoiser(net, metadata.get("dmdx.predicts", preset.predicts),
-                 metadata.get("dmdx.schedule", preset.schedule),
-                 renoise=metadata.get("dmdx.rollout") == "renoise")
+    F = Denoiser(net, preset.predicts, preset.schedule, renoise=metadata.get("dmdx.rollout") == "renoise")
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)

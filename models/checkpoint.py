@@ -3,13 +3,12 @@
 Nothing is read before it is asked for: opening a 16 GB file reads its header. Whatever the user can mend is
 an InputError of one sentence: which file, the first few names, what was expected.
 """
-import json
 import math
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,16 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.parse import InputError, parse_json, read_header, some
+
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
-
-
-class InputError(ValueError):
-    """Something the user can mend, such as a wrong file. Scripts print the sentence and exit with 2."""
 
 
 class Tensors(Mapping):
@@ -69,12 +61,6 @@ class Tensors(Mapping):
                        self.prefix + prefix)
 
 
-def some(names: Iterable, count: int = 3) -> str:
-    """The first few of many names, for a sentence."""
-    names = list(map(str, names))
-    return ", ".join(names[:count] + ["..."] * (len(names) > count)) or "nothing"
-
-
 # ---- reading -----------------------------------------------------------------------------------------------
 
 def open_tensors(path: str | Path) -> Tensors:
@@ -109,32 +95,10 @@ def weights_in(folder: Path) -> Path:
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """The format is a length, a JSON header and the bytes. Read as a plain file: the safetensors package maps
-    it whole, which counts as memory of every process and fails for a file larger than what is free."""
-    size, file = path.stat().st_size, path.open("rb")
-    length = int.from_bytes(file.read(8), "little")
-    head = file.read(min(length, 100_000_000))  # safetensors' own limit
-    if head[:1] != b"{":
-        file.seek(0)
-        pointer = file.read(20) == b"version https://git-"
-        found = "a Git LFS pointer (run `git lfs pull`)" if pointer else "something else"
-        raise InputError(f"{path}: expected a safetensors file, found {found}")
-    if len(head) < length:
-        raise InputError(f"{path}: truncated within its header, {size} bytes of more than {8 + length}")
-    try:
-        entries = json.loads(head)
-        metadata = entries.pop("__metadata__", None)
-        spans = {name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-                 for name, entry in entries.items()}
-        broken = [name for name, (dtype, shape, start, stop) in spans.items()
-                  if start < 0 or stop - start != math.prod(shape) * dtype.itemsize]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged safetensors header ({type(error).__name__}: {error})") from error
-    if broken:
-        raise InputError(f"{path}: damaged safetensors header, sizes do not fit the shapes of {some(broken)}")
-    expected = 8 + length + max((stop for *_, stop in spans.values()), default=0)
-    if size < expected:
-        raise InputError(f"{path}: truncated, {size} bytes of {expected}")
+    """Read as a plain file: the safetensors package maps it whole, which counts as memory of every process
+    and fails for a file larger than what is free."""
+    spans, metadata, before = read_header(path)
+    file = path.open("rb")
 
     def read(name: str, rows: slice | None) -> Tensor:
         dtype, shape, start, stop = spans[name]
@@ -143,7 +107,7 @@ def open_safetensors(path: Path) -> Tensors:
             first, last, _ = rows.indices(shape[0])
             start, stop, shape = start + first * row, start + last * row, (last - first, *shape[1:])
         t = torch.empty(shape, dtype=dtype)
-        file.seek(8 + length + start)
+        file.seek(before + start)
         if file.readinto(t.view(-1).view(torch.uint8).numpy()) != stop - start:
             raise InputError(f"{path}: changed while it was being read; {name} is cut short")
         return t
@@ -188,10 +152,13 @@ def tensors_of(data) -> dict[str, Tensor]:
 
 def open_shards(path: Path) -> Tensors:
     try:
-        places = json.loads(path.read_bytes())["weight_map"]
+        places = parse_json(path.read_bytes())["weight_map"]
         files = sorted(set(places.values()))
+        outside = [file for file in files if Path(file).name != file or file.endswith(".index.json")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path}: expected JSON with "weight_map": {{tensor name: file name}}') from error
+    if outside:
+        raise InputError(f"{path}: names {some(outside)}; expected tensor files beside it")
     absent = [file for file in files if not (path.parent / file).is_file()]
     if absent:
         raise InputError(f"{path}: {len(absent)} of its {len(files)} files are not beside it: {some(absent)}")
@@ -225,6 +192,30 @@ def unscaled(tensors: Tensors) -> Tensors:
     return Tensors(tensors.path, shapes, read, tensors.metadata)
 
 
+def joined(tensors: Tensors, parts: dict[str, list[tuple[str, int, int]]]) -> Tensors:
+    """Tensors made of rows of others: name -> the [(name in `tensors`, first row, last row + 1), ...] that
+    stand in it from top to bottom. Reads no more than the rows asked for."""
+    shapes = {name: (sum(stop - start for _, start, stop in rows), *tensors.shapes[rows[0][0]][1:])
+              for name, rows in parts.items()}
+
+    def read(name: str, wanted: slice | None) -> Tensor:
+        first, last, _ = (wanted or slice(None)).indices(shapes[name][0])
+        found, before = [], 0
+        for source, start, stop in parts[name]:
+            low, high = (start + min(max(bound - before, 0), stop - start) for bound in (first, last))
+            found.append(tensors.rows(source, low, high))
+            before += stop - start
+        return torch.cat(found)
+
+    return Tensors(tensors.path, shapes, read, tensors.metadata)
+
+
+def renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    """The tensors under other names, new name -> name in the file."""
+    return Tensors(tensors.path, {new: tensors.shapes[old] for new, old in names.items()},
+                   lambda new, rows: tensors.read(names[new], rows), tensors.metadata, tensors.prefix)
+
+
 # ---- loading -----------------------------------------------------------------------------------------------
 
 def check_names(tensors: Tensors, expected: dict[str, tuple], ignore: tuple[str, ...] = ()) -> None:
@@ -247,6 +238,20 @@ def check_names(tensors: Tensors, expected: dict[str, tuple], ignore: tuple[str,
         raise InputError(f"{tensors.path}: {other}{'; '.join(problems)}")
 
 
+def check_values(tensors: Tensors, name: str, value: Tensor, floating: bool) -> None:
+    """Of what was read of a tensor: raises InputError for NaN or infinity, and for whole numbers (`floating`)
+    where a weight is expected. One pass without a copy, a hundredth of the time of reading from a disk."""
+    if floating and not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise InputError(f"{tensors.path}: {tensors.prefix}{name} holds {kind} numbers, as quantised files "
+                         "do; expected floating-point weights")
+    if value.is_floating_point() and value.numel():
+        low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.half())  # fp8 has no aminmax
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"{tensors.path}: {tensors.prefix}{name} holds NaN or infinity; "
+                             "expected finite weights")
+
+
 def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
          ignore: tuple[str, ...] = ()) -> None:
     """Fill a whole network, usually built on `meta`; floating-point tensors become `dtype`. As strict as
@@ -260,6 +265,7 @@ def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
     filled = {}
     for p, name in source.items():
         value = tensors[name]
+        check_values(tensors, name, value, p.is_floating_point())
         value = value.to(dtype) if value.is_floating_point() else value
         filled[p] = nn.Parameter(value, p.requires_grad) if isinstance(p, nn.Parameter) else value
     net.load_state_dict({name: filled[p] for name, p in weights.items()}, assign=True)

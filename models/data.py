@@ -15,37 +15,62 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import InputError, replacing, some
+from models.parse import parse_json, short
 
-# JourneyDB's annotations have "prompt", PartiPrompts.tsv "Prompt", COCO's files "caption" or "text".
-FIELDS = ("prompt", "caption", "text")
+# JourneyDB's annotations have "prompt", PartiPrompts.tsv "Prompt", COCO's files and OpenVid-1M's "caption" or
+# "text", Open-Sora-Plan's "cap".
+FIELDS = ("prompt", "caption", "text", "cap")
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # byte order mark and characters without width
 
 
 # ---- prompt files ------------------------------------------------------------------------------------------
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a .txt file, one per line, or of a .jsonl, .csv or .tsv file with one of FIELDS, in any
-    case. Blank prompts are skipped. Raises InputError naming the file and the line."""
-    path = Path(path)
-    readers = {".txt": lines_of, ".jsonl": jsonl_prompts, ".csv": csv_prompts, ".tsv": tsv_prompts}
+def read_prompts(source: str | Path | list) -> list[str]:
+    """The prompts of a file or, one after the other, of several: .txt, one per line, .jsonl, .csv or .tsv
+    with one of FIELDS, in any case, or .json as Vript and Open-Sora-Plan have it. Blank prompts are skipped.
+    Raises InputError naming the file and the line."""
+    if isinstance(source, list):
+        return [prompt for path in source for prompt in read_prompts(path)]
+    path = Path(source)
+    readers = {".txt": lines_of, ".jsonl": jsonl_prompts, ".csv": csv_prompts, ".tsv": tsv_prompts,
+               ".json": json_prompts}
     read = readers.get(path.suffix.lower())
     if read is None:
         raise InputError(f"{path}: not a prompt file; expected one of {', '.join(readers)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected prompts")
-    prompts = [prompt for _, text in read(path) if (prompt := text.strip())]
+    prompts = []
+    for number, text in read(path):
+        text = text.replace("\ufeff", "")  # files joined by cat have it in their middle
+        while text != (text := text.strip().strip(INVISIBLE)):
+            pass
+        wrong = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        if wrong:
+            raise InputError(f"{path}: line {number}: {wrong!a} is no character of a text; expected Unicode")
+        prompts += [text] if text else []
     if not prompts:
         raise InputError(f"{path}: no prompt in this file")
     return prompts
 
 
+def digest(prompts: list[str]) -> str:
+    """Tells whether a prompt file is still what it was when a run began."""
+    return blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
+
+
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line without its end) of a UTF-8 file, with or without byte order mark."""
+    """(line number, line without its end) of a UTF-8 file, with or without byte order mark. A line ends in
+    LF, CR LF or CR."""
+    number = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: line {number} is not UTF-8 (byte {error.start + 1})") from error
+        for block in file:
+            for line in block.rstrip(b"\r\n").split(b"\r"):
+                number += 1
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    place = f"line {number} is not UTF-8 (byte {error.start + 1})"
+                    raise InputError(f"{path}: {place}") from error
 
 
 def field_of(path: Path, number: int, names: Iterable[str]) -> str:
@@ -57,21 +82,46 @@ def field_of(path: Path, number: int, names: Iterable[str]) -> str:
     raise InputError(f"{path}: line {number}: expected a field {' or '.join(FIELDS)}, found {some(names, 8)}")
 
 
+def record_prompts(path: Path, number: int, record) -> Iterator[tuple[int, str]]:
+    """The prompt of a record. Vript has its clips in a record "data", and of each a record "caption" whose
+    "content" is the text; Open-Sora-Plan has a list of one text."""
+    clips = [record]
+    if isinstance(record, dict) and isinstance(record.get("data"), dict):
+        clips = list(record["data"].values())
+    for clip in clips:
+        if not isinstance(clip, dict):
+            raise InputError(f"{path}: line {number}: expected a record {{...}}, found {short(clip, 40)}")
+        field = field_of(path, number, clip)
+        text = clip[field]
+        if isinstance(text, dict):
+            text = text.get("content", text)
+        if isinstance(text, list) and len(text) == 1:
+            text, = text
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{path}: line {number}: expected text in {field!r}, found {short(text, 40)}")
+        yield number, text or ""
+
+
 def jsonl_prompts(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in lines_of(path):
-        if not line.strip():
+        line = line.strip().strip(INVISIBLE)
+        if not line:
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path}: line {number}: expected a record {{...}}, found {line.strip()[:40]}")
-        field = field_of(path, number, record)
-        text = record[field] if record[field] is not None else ""
-        if not isinstance(text, str):
-            raise InputError(f"{path}: line {number}: expected text in {field!r}, found {str(text)[:40]}")
-        yield number, text
+        yield from record_prompts(path, number, record if isinstance(record, dict) else line)
+
+
+def json_prompts(path: Path) -> Iterator[tuple[int, str]]:
+    """A record, or a list of records or of texts; the "line" of a sentence is the place in that list."""
+    try:
+        records = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({short(error)})") from error
+    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+        yield from [(number, record)] if isinstance(record, str) else record_prompts(path, number, record)
 
 
 def csv_prompts(path: Path) -> Iterator[tuple[int, str]]:
@@ -97,8 +147,28 @@ def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
         quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
         return cell[1:-1].replace('""', '"') if quoted else cell
 
-    rows = ((number, [unquoted(cell) for cell in line.split("\t")]) for number, line in lines_of(path))
-    return column(path, rows)
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        cells, first, between = [], 1, ""
+        for number, line in lines_of(path):
+            for i, part in enumerate(line.split("\t")):
+                if between or i and opened(cells[-1]):  # inside quotes a tab or a line's end is text
+                    cells[-1] += (between or "\t") + part
+                    between = ""
+                else:
+                    cells.append(part)
+            if opened(cells[-1]):
+                between = "\n"
+                continue
+            yield first, [unquoted(cell) for cell in cells]
+            cells, first = [], number + 1
+        if cells:
+            raise InputError(f"{path}: line {first}: the quotes around a cell that begins "
+                             f"{cells[-1][:40]!a} are never closed")
+
+    def opened(cell: str) -> bool:
+        return cell.startswith('"') and cell.count('"') % 2 == 1
+
+    return column(path, rows())
 
 
 def column(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, str]]:
@@ -106,7 +176,7 @@ def column(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[
     number, header = next(rows, (1, []))
     place = header.index(field_of(path, number, header))
     for number, row in rows:
-        if not any(row):
+        if not any(cell.strip(INVISIBLE) for cell in row):
             continue
         if len(row) > len(header) or len(row) <= place:
             raise InputError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; "

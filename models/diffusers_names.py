@@ -1,12 +1,16 @@
-"""Names of the networks' modules in diffusers, for its LoRA files and those that convert to them.
+"""Names of the networks' modules in diffusers, for its LoRA files and for checkpoints in its layout.
 
-A family's Names say which linear layers carry an adapter and what each module is called in diffusers.
+A family's Names say which linear layers carry an adapter and what each module is called in diffusers. The
+last functions present a diffusers file of a UNet, an MMDiT or a 2D autoencoder under the original names.
 """
 import re
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from models.checkpoint import Tensors, joined, renamed
 
 
 class Names(NamedTuple):
@@ -60,3 +64,120 @@ def mmdit_to_diffusers(module: str, rows: int, net: nn.Module) -> dict[str, list
 
 MMDIT = Names(adaptable=("qkv", "proj", "fc1", "fc2"), targets=("qkv", "proj"),
               to_diffusers=mmdit_to_diffusers)
+
+
+# ---- files in diffusers' layout under the original names ----------------------------------------------------
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+          "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_ENDS = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+VAE_RULES = (  # within one name, in this order
+    (r"\.down_blocks\.(\d+)\.", r".down.\1."), (r"\.resnets\.", ".block."),
+    (r"\.(down|up)samplers\.0\.", r".\1sample."), (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.mid_block\.block\.0\.", ".mid.block_1."), (r"\.mid_block\.block\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."), (r"\.conv_norm_out\.", ".norm_out."),
+    # Attention layers have two generations of names.
+    (r"attn_1\.group_norm\.", "attn_1.norm."), (r"attn_1\.(to_q|query)\.", "attn_1.q."),
+    (r"attn_1\.(to_k|key)\.", "attn_1.k."), (r"attn_1\.(to_v|value)\.", "attn_1.v."),
+    (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."))
+
+
+def denoiser_from_diffusers(tensors: Tensors) -> Tensors:
+    """A UNet or an MMDiT in diffusers' layout under the original names; other files pass unchanged. A name
+    that no rule knows stays, so that strict loading refuses it."""
+    if "conv_in.weight" in tensors and "time_embedding.linear_1.weight" in tensors:
+        return unet_from_diffusers(tensors)
+    if "pos_embed.proj.weight" in tensors and "context_embedder.weight" in tensors:
+        return mmdit_from_diffusers(tensors)
+    return tensors
+
+
+def denoiser_of(tensors: Tensors, prefix: str) -> Tensors:
+    """A denoiser under its original names: of a single file with this prefix, of a file that holds nothing
+    else, or in diffusers' layout. Raises InputError where none of these names is there."""
+    if any(name in tensors for name in ("input_blocks.0.0.weight", "x_embedder.proj.weight")):
+        return tensors
+    found = denoiser_from_diffusers(tensors)
+    return tensors.group(prefix) if found is tensors else found
+
+
+def vae_of(tensors: Tensors, prefix: str) -> Tensors:
+    """A 2D autoencoder in the same ways, without what its training may have left in the file."""
+    alone = "decoder.conv_in.weight" in tensors
+    found = vae_from_diffusers(tensors if alone else tensors.group(prefix))
+    kept = {name: name for name in found if not name.startswith(("loss.", "model_ema."))}
+    return found if len(kept) == len(found) else renamed(found, kept)
+
+
+def mmdit_from_diffusers(tensors: Tensors) -> Tensors:
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")})
+    last, parts = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1", {}
+    left = {name: [(name, 0, (shape or (0,))[0])] for name, shape in tensors.shapes.items()}
+    for original, names in MMDIT_MODULES.items():
+        blocks = range(depth) if original.startswith(("x_block.", "context_block.")) else (None,)
+        for i, kind in product(blocks, (".weight", ".bias", "")):
+            ours, theirs = ("", "") if i is None else (f"joint_blocks.{i}.", f"transformer_blocks.{i}.")
+            sources = [theirs + name + kind for name in names]
+            if not all(left.get(source) for source in sources):
+                continue
+            rows = [left.pop(source)[0] for source in sources]
+            if ours + original in ("final_layer.adaLN_modulation.1", last):  # as in `mmdit_to_diffusers`
+                (source, _, count), = rows
+                rows = [(source, count // 2, count), (source, 0, count // 2)]
+            parts[ours + original + kind] = rows
+    return joined(tensors, parts | left)
+
+
+def unet_from_diffusers(tensors: Tensors) -> Tensors:
+    """SDXL's and SD1.5's. Original blocks are counted through all levels: as many ResNets in each going down,
+    one more going up, and after each level's the layer that halves or doubles the map."""
+    count = len({name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")})
+
+    def original(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", module)
+        if not found:
+            return f"{UNET_ENDS.get(module, module)}.{kind}"
+        way, level, layer, i, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+        inner = RESNET.get(rest, rest) if layer == "resnets" else rest
+        if way == "mid":
+            place = f"middle_block.{2 * i if layer == 'resnets' else 1}"
+        elif layer == "downsamplers":
+            return f"input_blocks.{(count + 1) * (level + 1)}.0.op.{kind}"
+        elif layer == "upsamplers":
+            after = 2 if f"up_blocks.{level}.attentions.0.norm.weight" in tensors else 1
+            return f"output_blocks.{(count + 1) * level + count}.{after}.{rest}.{kind}"
+        else:
+            block = f"input_blocks.{1 + (count + 1) * level + i}" if way == "down" else \
+                f"output_blocks.{(count + 1) * level + i}"
+            place = f"{block}.{int(layer == 'attentions')}"
+        return f"{place}.{inner}.{kind}"
+
+    return renamed(tensors, {original(name): name for name in tensors})
+
+
+def vae_from_diffusers(tensors: Tensors) -> Tensors:
+    """The 2D autoencoder in diffusers' layout under the original names; other files pass unchanged."""
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in tensors:
+        return tensors
+    levels = [re.match(r"decoder\.up_blocks\.(\d+)\.", name) for name in tensors]
+    top = max((int(level[1]) for level in levels if level), default=0)
+
+    def original(name: str) -> str:
+        # Diffusers counts the decoder's levels from the latent, the original from the image.
+        name = re.sub(r"\.up_blocks\.(\d+)\.", lambda level: f".up.{top - int(level[1])}.", name)
+        for pattern, replacement in VAE_RULES:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    found = renamed(tensors, {original(name): name for name in tensors})
+    matrices = {name for name, shape in found.shapes.items() if ".attn_1." in name and len(shape) == 2}
+    shapes = {name: shape + (1, 1) if name in matrices else shape for name, shape in found.shapes.items()}
+
+    def read(name: str, rows: slice | None) -> Tensor:  # diffusers has linear layers for 1x1 convolutions
+        t = found.read(name, rows)
+        return t[:, :, None, None] if name in matrices else t
+
+    return Tensors(tensors.path, shapes, read, tensors.metadata)

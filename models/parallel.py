@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from models.checkpoint import InputError, Tensors, check_names
+from models.checkpoint import InputError, Tensors, check_names, check_values
 
 # FSDP warns that an in-place operation on a network's output would be wrong; none is made here.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -168,17 +168,17 @@ def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> 
 @torch.no_grad()
 def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ()) -> None:
     """Fill a materialised network from a checkpoint, each rank reading only the rows that it holds. Strict:
-    raises InputError for missing, extra or mis-shaped tensors. Adapters (`.lora_`), which no base checkpoint
+    raises InputError for missing, extra or mis-shaped tensors and for NaN in these rows. Adapters (`.lora_`), which no base checkpoint
     holds, are left alone."""
     named = [*net.named_parameters(), *net.named_buffers()]
     targets = {name: p for name, p in named if ".lora_" not in name}
     check_names(tensors, {name: tuple(p.shape) for name, p in targets.items()}, ignore)
     for name, p in targets.items():
         local, first = local_rows(p)
-        if isinstance(p, DTensor):
-            local.copy_(tensors.rows(name, first, first + local.shape[0]))
-        else:
-            local.copy_(tensors[name])
+        sharded = isinstance(p, DTensor)
+        value = tensors.rows(name, first, first + local.shape[0]) if sharded else tensors[name]
+        check_values(tensors, name, value, p.is_floating_point())
+        local.copy_(value)
 
 
 @torch.no_grad()

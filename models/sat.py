@@ -5,10 +5,7 @@ present SAT files under them; a file that has them already passes unchanged.
 """
 import re
 
-import torch
-from torch import Tensor
-
-from models.checkpoint import Tensors
+from models.checkpoint import Tensors, joined, renamed
 
 DIT_PREFIX = "model.diffusion_model."
 # SAT module ("#" is a block's number) and published module, for weight and bias alike. A SAT tensor that
@@ -59,7 +56,7 @@ def dit_from_sat(tensors: Tensors) -> Tensors:
     """
     if any(name.startswith(DIT_PREFIX) for name in tensors):
         tensors = tensors.group(DIT_PREFIX)
-    shapes, places = {}, {}  # by published name; a place is (SAT name, rows of a chunk, chunks)
+    parts = {}
     for name, shape in tensors.shapes.items():
         module, _, kind = name.rpartition(".")
         number = "".join(re.findall(r"\.(\d+)", module)[:1])
@@ -67,24 +64,12 @@ def dit_from_sat(tensors: Tensors) -> Tensors:
         rules = [rule for rule in DIT_RULES if rule[0] in patterns]
         for _, published, *cut in rules:
             count, chunks = cut or (1, (0,))
-            target, rows = f"{published.replace('#', number)}.{kind}", shape[0] // count
-            places[target] = name, rows, chunks
-            shapes[target] = len(chunks) * rows, *shape[1:]
+            rows = (shape or (0,))[0] // count
+            parts[f"{published.replace('#', number)}.{kind}"] = [
+                (name, chunk * rows, (chunk + 1) * rows) for chunk in chunks]
         if not rules and name not in DIT_UNUSED:
-            shapes[name] = shape
-
-    def read(name: str, wanted: slice | None) -> Tensor:
-        if name not in places:
-            return tensors.read(name, wanted)
-        source, rows, chunks = places[name]
-        first, last, _ = (wanted or slice(None)).indices(shapes[name][0])
-        parts = []
-        for i, chunk in enumerate(chunks):  # of [first, last), the rows that fall into the i-th chunk
-            low, high = (chunk * rows + min(max(bound - i * rows, 0), rows) for bound in (first, last))
-            parts.append(tensors.rows(source, low, high))
-        return torch.cat(parts)
-
-    return Tensors(tensors.path, shapes, read, tensors.metadata)
+            parts[name] = [(name, 0, (shape or (0,))[0])]
+    return joined(tensors, parts)
 
 
 def vae_from_sat(tensors: Tensors) -> Tensors:
@@ -100,5 +85,4 @@ def vae_from_sat(tensors: Tensors) -> Tensors:
         return name
 
     source = {published(name): name for name in tensors if not name.startswith("loss.")}
-    return Tensors(tensors.path, {name: tensors.shapes[old] for name, old in source.items()},
-                   lambda name, rows: tensors.read(source[name], rows), tensors.metadata, tensors.prefix)
+    return renamed(tensors, source)

@@ -8,6 +8,7 @@ not count.
 import json
 from bisect import bisect_right
 from hashlib import file_digest
+from hashlib import sha256 as new_sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.checkpoint import InputError, Tensors, open_tensors, replacing, save_safetensors, some
+from models.checkpoint import (
+    TORCH_SUFFIXES,
+    InputError,
+    Tensors,
+    open_tensors,
+    replacing,
+    save_safetensors,
+    some,
+)
+from models.parse import parse_json, short
 
 
 class Kind(NamedTuple):
@@ -35,6 +45,22 @@ def sha256(path: str | Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(path: Path) -> str:
+    """Tells checkpoints apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and to hash
+    all of 16 GB at each start would take minutes."""
+    path = path.parent if path.name.endswith(".index.json") else path
+    files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
+    digest = new_sha256()
+    for file in sorted(files) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(f"{size} ".encode())
+        with file.open("rb") as f:
+            for i in range(256):
+                f.seek(max(0, size - 4096) * i // 255)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
 def kind_of(manifest: dict) -> str:
     return manifest.get("kind", "pairs")
 
@@ -45,16 +71,21 @@ def read_manifest(folder: str | Path, kind: str = "pairs") -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a folder of {noun} made by {command}")
     try:
-        manifest = json.loads(path.read_bytes())
-        for key in ("model", "size", "latent_shape", "count"):
-            manifest[key]
+        manifest = parse_json(path.read_bytes())
+        height, width = manifest["size"]
+        numbers = [height, width, *manifest["latent_shape"], manifest["count"]]
+        names = [manifest["model"], manifest.get("kind", "pairs")]
         for entry in manifest["shards"]:
-            entry["file"], entry["sha256"], entry["first"] + entry["count"] + entry["bytes"]
-    except (ValueError, KeyError, TypeError) as error:
+            numbers += [entry["first"], entry["count"], entry["bytes"]]
+            names += [entry["file"], entry["sha256"]]
+        if not all(type(n) is int and n >= 0 for n in numbers) or \
+                not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("sizes are whole numbers, files stand beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged, not the manifest of {noun} "
-                         f"({type(error).__name__}: {error})") from error
+                         f"({type(error).__name__}: {short(error)})") from error
     if kind_of(manifest) != kind:
-        raise InputError(f"{path}: of {kind_of(manifest)}; expected a folder of {noun} made by {command}")
+        raise InputError(f"{path}: of {short(kind_of(manifest))}; expected a folder of {noun} made by {command}")
     return manifest
 
 

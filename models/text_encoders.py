@@ -18,7 +18,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from models.checkpoint import InputError, Tensors, find, open_shards, open_tensors
+from models.checkpoint import InputError, Tensors, find, open_shards, open_tensors, renamed
 
 # Encoder -> its name in SD3's original files, and its folder in the diffusers layout.
 FILES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
@@ -76,17 +76,14 @@ def folder_parts(folder: Path) -> dict[str, Tensors]:
 
 def hub_tensors(folder: Path) -> Tensors:
     """A complete download holds the weights twice, once more as `fp16`."""
-    for name in ("model.safetensors", "model.safetensors.index.json", "model.fp16.safetensors"):
-        if (folder / name).is_file():
-            return open_tensors(folder / name)
-    half = folder / "model.safetensors.index.fp16.json"
-    return open_shards(half) if half.is_file() else open_tensors(folder)
-
-
-def renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
-    """The tensors under other names, new name -> name in the file."""
-    return Tensors(tensors.path, {new: tensors.shapes[old] for new, old in names.items()},
-                   lambda new, rows: tensors.read(names[new], rows), tensors.metadata, tensors.prefix)
+    for stem in ("model", "diffusion_pytorch_model"):
+        for kind in ("safetensors", "safetensors.index.json", "fp16.safetensors"):
+            if (folder / f"{stem}.{kind}").is_file():
+                return open_tensors(folder / f"{stem}.{kind}")
+        half = folder / f"{stem}.safetensors.index.fp16.json"
+        if half.is_file():
+            return open_shards(half)
+    return open_tensors(folder)
 
 
 def clip_tensors(tensors: Tensors) -> Tensors:

@@ -7,7 +7,6 @@
 The modules are those of transformers. Files of the originals and of transformers are read, by the original's
 tensor names. Shapes: B batch, H W an image's size, h w the grid of its patches, D width.
 """
-import json
 import math
 import re
 from functools import reduce
@@ -20,6 +19,7 @@ from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint as recompute
 
 from models.checkpoint import InputError, Tensors, check_names, find, open_tensors
+from models.parse import read_object, short
 
 # SAM's, for pixels of 0..255. DINOv2's are ImageNet's for pixels of 0..1, which are these divided by 255.
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -151,10 +151,13 @@ def dinov2_encoder(tensors: Tensors) -> nn.Module:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     shapes, beside = tensors.shapes, tensors.path.with_name("config.json")
     (width, _, patch, _), (_, tokens, _) = shapes["patch_embed.proj.weight"], shapes["pos_embed"]
-    config = json.loads(beside.read_bytes()) if beside.is_file() else {}
+    config = read_object(beside, "a DINOv2's settings") if beside.is_file() else {}
+    heads = config.get("num_attention_heads", max(1, width // 64))
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise InputError(f"{beside}: num_attention_heads {short(heads, 40)}; expected a divisor of {width}")
     net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
         hidden_size=width, num_hidden_layers=sum(name.endswith(".norm1.weight") for name in shapes),
-        num_attention_heads=config.get("num_attention_heads", width // 64), patch_size=patch,
+        num_attention_heads=heads, patch_size=patch,
         mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] // width, image_size=math.isqrt(tokens - 1) * patch,
         num_register_tokens=shapes["register_tokens"][1]))
     net.embeddings.mask_token, net.layernorm = None, nn.Identity()

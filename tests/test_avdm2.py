@@ -543,13 +543,17 @@ def test_drawn_clips_show_their_captions(tmp_path):
     assert not torch.equal(part, mean)  # a sample of the posterior
 
 
-def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path):
+def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys):
     table(tmp_path, [("plain.mp4", "a red circle moving left")])
     source = ["--videos", VIDEOS, "--prompts", tmp_path / "t.csv"]
     made = ["--model", "tiny-animatediff", *source, "--count", 6, "--out", tmp_path / "latents"]
     latents.main(latents.parse_args(list(map(str, made))))
     live, real, _ = open_job(tmp_path / "a", *source)
     cached, read, seen = open_job(tmp_path / "b", "--latents", tmp_path / "latents", "--batch-size", 6)
+    assert "made with another" not in capsys.readouterr().out
+    open_job(tmp_path / "c", "--latents", tmp_path / "latents", "--stride", 2, "--vae-precision", "bf16")
+    assert (f"note: {tmp_path / 'latents'} was made with another --vae-ckpt or --vae-precision and another --stride\n"
+            in capsys.readouterr().out)
     cached.begin(1)
     x_0, c = read(list(range(6)))
     places = cached.shuffled(list(range(6)), 6)

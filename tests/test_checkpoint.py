@@ -26,6 +26,7 @@ from models.checkpoint import (
     save_safetensors,
 )
 from models.job.motion import merged
+from models.parallel import load_sharded
 
 
 def refusal(call, *args) -> str:
@@ -230,15 +231,20 @@ def test_pickles_that_need_more_than_weights_only(tmp_path):
             "expected a file of tensors only, such as .safetensors")
 
 
+ENTRY = b'{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+
 def test_damaged_and_foreign_files(tmp_path):
     save_file(small(), tmp_path / "good.safetensors")
     torch.save(small(), tmp_path / "good.pt")
     torch.save(small(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     good, pt, old = ((tmp_path / name).read_bytes() for name in ("good.safetensors", "good.pt", "old.pt"))
 
+    def with_length(text):
+        return struct.pack("<Q", len(text)) + text
+
     def header(**entry):
-        text = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry}).encode()
-        return struct.pack("<Q", len(text)) + text + bytes(8)
+        return with_length(json.dumps({"x": json.loads(ENTRY) | entry}).encode()) + bytes(8)
 
     cases = {
         "short.safetensors": (good[:-3], f"truncated, {len(good) - 3} bytes of {len(good)}"),
@@ -248,7 +254,20 @@ def test_damaged_and_foreign_files(tmp_path):
         "pickle.safetensors": (pt, "expected a safetensors file"),
         "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         "json.safetensors": (struct.pack("<Q", 3) + b"{x}", "damaged safetensors header"),
-        "dtype.safetensors": (header(dtype="F4"), "damaged safetensors header"),
+        "dtype.safetensors": (header(dtype="F4"), "x has the unsupported dtype F4; expected one of F64, F32"),
+        "scales.safetensors": (header(dtype="F8_E8M0"), "x has the unsupported dtype F8_E8M0"),
+        "number.safetensors": (header(dtype=4), "x has the unsupported dtype 4"),
+        "float.safetensors": (header(shape=[2.0]), "no whole numbers in shape and data_offsets of x"),
+        "negative.safetensors": (header(shape=[-1, -2]), "no whole numbers in shape and data_offsets of x"),
+        "text.safetensors": (header(data_offsets="08"), "no whole numbers in shape and data_offsets of x"),
+        "huge.safetensors": (header(shape=[0, 2 ** 62], data_offsets=[0, 0]), "larger than any memory"),
+        "deep.safetensors": (with_length(b'{"x":' + 200_000 * b"["), "header (nested too deep)"),
+        "list.safetensors": (with_length(b'{"x":[1]}'), "no dtype, shape and data_offsets of x"),
+        "twice.safetensors": (with_length(b'{"x":' + ENTRY + b',"x":' + ENTRY + b"}") + bytes(8), "x stands twice"),
+        "shared.safetensors": (with_length(b'{"x":' + ENTRY + b',"y":' + ENTRY + b"}") + bytes(8),
+                               "the same bytes are those of x and y"),
+        "notes.safetensors": (with_length(b'{"__metadata__":{"steps":4}}'), "its metadata are not texts"),
+        "lines.safetensors": (with_length(b'{"a\\nb":{}}'), "data_offsets of a\\nb"),
         "size.safetensors": (header(shape=[3]), "sizes do not fit the shapes of x"),
         "short.pt": (pt[:-40], "not a PyTorch file, or truncated"),
         "old_short.pt": (old[:-4], "not a PyTorch file, or truncated"),
@@ -257,6 +276,10 @@ def test_damaged_and_foreign_files(tmp_path):
         "x.gguf": (b"GGUF", "not a tensor file; expected .safetensors"),
         "list.safetensors.index.json": (b"[]", '"weight_map"'),
         "text.safetensors.index.json": (b"weight_map", '"weight_map"'),
+        "deep.safetensors.index.json": (200_000 * b"[", '"weight_map"'),
+        "loop.safetensors.index.json": (b'{"weight_map": {"x": "loop.safetensors.index.json"}}',
+                                        "names loop.safetensors.index.json; expected tensor files beside it"),
+        "away.safetensors.index.json": (b'{"weight_map": {"x": "../good.safetensors"}}', "names ../good.safe"),
     }
     for name, (content, expected) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -311,6 +334,25 @@ def test_load_materialises_and_upcasts(tmp_path):
             assert torch.equal(net.weight, value["weight"].to(asked)) and net.weight.dtype == asked
             assert torch.equal(net.bias, value["bias"].to(asked))
             assert net.weight.requires_grad and not net.bias.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_not_finite_are_named(tmp_path, dtype, wrong):
+    value = {"net.weight": torch.zeros(3, 2), "net.bias": torch.zeros(3)}
+    value["net.weight"][2, 1] = wrong
+    save_file({name: t.to(dtype) for name, t in value.items()}, tmp_path / "x.safetensors")
+    tensors = open_tensors(tmp_path / "x.safetensors").group("net.")
+    words = f"{tmp_path / 'x.safetensors'}: net.weight holds NaN or infinity; expected finite weights"
+    assert refusal(load, meta(lambda: nn.Linear(2, 3)), tensors) == words
+    assert refusal(load_sharded, nn.Linear(2, 3), tensors) == words
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(3, 2, dtype=torch.int8), "bias": torch.zeros(3)}, tmp_path / "x.safetensors")
+    tensors = open_tensors(tmp_path / "x.safetensors")
+    for call, net in ((load, meta(lambda: nn.Linear(2, 3))), (load_sharded, nn.Linear(2, 3))):
+        assert "weight holds int8 numbers, as quantised files do; expected" in refusal(call, net, tensors)
 
 
 def test_load_leaves_integers_alone(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint import InputError
-from models.data import append_jsonl, noise, prompt_index, read_prompts, truncate_jsonl, uniform
+from models.data import append_jsonl, digest, noise, prompt_index, read_prompts, truncate_jsonl, uniform
 
 
 def write(path, content: str | bytes):
@@ -48,6 +48,25 @@ GOOD = {
                          'Dogs playing poker\tAnimals\tImagination\tDescription of "Dogs Playing Poker"\n',
                          ["bond", "peace", '"G I G G L E" painted in thick letters', '"in" and "out"',
                           "Dogs playing poker"]),
+    "lines.tsv": ('id\tprompt\n1\t"two\nlines\tand a tab"\n2\t"a ""b"" c"\n3\t"d" and "e"\n',
+                  ["two\nlines\tand a tab", 'a "b" c', '"d" and "e"']),
+    "joined.txt": (b"a\n\xef\xbb\xbfb\nc\xef\xbb\xbf\n", ["a", "b", "c"]),  # cat bom.txt bom.txt
+    "joined.jsonl": (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', ["a", "b"]),
+    "joined.csv": (b"prompt\na\n\xef\xbb\xbfb\n\xef\xbb\xbf\n", ["a", "b"]),
+    "invisible.txt": ("a\n\u200b\n \u200d\u2060 \n\u200bb \u200b\nfamily \U0001f468\u200d\U0001f469\n",
+                      ["a", "b", "family \U0001f468\u200d\U0001f469"]),
+    "mac.txt": (b"a\rb\r\rc\r", ["a", "b", "c"]),
+    "mac.csv": (b"id,prompt\r1,a\r2,b\r", ["a", "b"]),
+    "OpenVid-1M.csv": ("video,caption,aesthetic score,motion score\r\nx_0.mp4,\"A man, talking.\",4.6,2.3\r\n",
+                       ["A man, talking."]),
+    "OpenSoraPlan.json": (json.dumps([{"path": "a.mp4", "cap": ["A man."], "fps": 24}, {"path": "b.mp4", "cap": "A dog."}]),
+                          ["A man.", "A dog."]),
+    "Vript.json": (json.dumps({"meta": {"video_id": "x"}, "data": {
+        "x-Scene-001": {"clip_id": "x-Scene-001", "caption": {"shot_type": "close-up", "content": "A hand."}},
+        "x-Scene-002": {"clip_id": "x-Scene-002", "caption": {"shot_type": "wide", "content": "A field."}}}}),
+        ["A hand.", "A field."]),
+    "Vript.jsonl": (jsonl({"clip_id": "1", "caption": {"content": "A hand."}}), ["A hand."]),
+    "texts.json": ('["a", "b"]', ["a", "b"]),
     "pandas.tsv": ('id\tText\r\n1\t"a sign that says ""OPEN"""\r\n', ['a sign that says "OPEN"']),
 }
 
@@ -72,14 +91,23 @@ BAD = {
     "number.jsonl": ('{"prompt": "a"}\n{"prompt": 3}\n', "line 2: expected text in 'prompt', found 3"),
     "captions.jsonl": ('{"caption": ["a", "b"]}\n', "line 1: expected text in 'caption', found ['a', 'b']"),
     "fields.jsonl": ('{"prompt": "a"}\n{"img_path": "x", "Task2": {"Caption": "b"}}\n',
-                     "line 2: expected a field prompt or caption or text, found img_path, Task2"),
-    "fields.csv": ("id,url\n1,x\n", "line 1: expected a field prompt or caption or text, found id, url"),
-    "empty.csv": ("", "line 1: expected a field prompt or caption or text, found nothing"),
+                     "line 2: expected a field prompt or caption or text or cap, found img_path, Task2"),
+    "fields.csv": ("id,url\n1,x\n", "line 1: expected a field prompt or caption or text or cap, found id, url"),
+    "empty.csv": ("", "line 1: expected a field prompt or caption or text or cap, found nothing"),
     "comma.csv": ("prompt\na red fox\na red fox, in snow\n", "line 3 has 2 fields, the header 1"),
     "short.csv": ("id,prompt\n1,a\n2\n", "line 3 has 1 fields, the header 2"),
     "long.tsv": ("id\tprompt\n1\ta\tb\n", "line 2 has 3 fields, the header 2"),
     "quote.csv": ('prompt\na\n"b, never closed\nc\nd\n', "line 3 is not CSV"),
-    "prompts.json": ('["a"]', "not a prompt file; expected one of .txt, .jsonl, .csv, .tsv"),
+    "prompts.parquet": ("PAR1", "not a prompt file; expected one of .txt, .jsonl, .csv, .tsv, .json"),
+    "deep.json": (300_000 * "[", "not JSON (nested too deep)"),
+    "deep.jsonl": ('{"prompt": "a"}\n' + 300_000 * "[" + "\n", "line 2 is not JSON (nested too deep)"),
+    "clips.json": (json.dumps([{"cap": "a"}, {"cap": ["b", "c"]}]), "line 2: expected text in 'cap', found ['b', 'c']"),
+    "data.json": (json.dumps({"data": {"1": "a"}}), "line 1: expected a record {...}, found a"),
+    "surrogate.jsonl": ('{"prompt": "a"}\n{"prompt": "blue \\ud83d square"}\n', "line 2: '\\ud83d' is no character"),
+    "surrogate.json": ('["a", "\\udc00"]', "line 2: '\\udc00' is no character"),
+    "zero.txt": ("a\nb\0c\n", "line 2: '\\x00' is no character"),  # as UTF-16 without its mark reads
+    "open.tsv": ('id\tprompt\n1\ta\n2\t"b, never closed\n3\tc\n', "line 3: the quotes around a cell that begins"),
+    "joined.tsv": ('id\tprompt\n1\t"a\n2\tb"\tc\n', "line 2 has 3 fields, the header 2"),
 }
 
 
@@ -89,6 +117,14 @@ def test_bad_prompt_files_are_named_with_the_line(tmp_path, name):
     with pytest.raises(InputError) as caught:
         read_prompts(write(tmp_path / name, content))
     assert str(caught.value).startswith(f"{tmp_path / name}: {expected}") and "\n" not in str(caught.value)
+
+
+def test_several_files_and_what_they_are_told_apart_by(tmp_path):
+    files = [write(tmp_path / "a.txt", "a\nb\n"), write(tmp_path / "b.json", '["c"]')]
+    assert read_prompts(files) == ["a", "b", "c"] and read_prompts(files[::-1]) == ["c", "a", "b"]
+    assert len({digest(prompts) for prompts in (["a", "b"], ["b", "a"], ["a, b"], ["a"], [])}) == 5
+    with pytest.raises(InputError, match="c.txt: no such file"):
+        read_prompts([*files, tmp_path / "c.txt"])
 
 
 def test_no_prompt_file(tmp_path):

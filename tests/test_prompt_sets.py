@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import zipfile
 
 import pytest
@@ -42,6 +43,32 @@ def test_pickles_cannot_run_code(tmp_path, monkeypatch, content, message):
     with pytest.raises(InputError, match=f"p.pkl: .*{message}"):
         prompt_set(tmp_path / "p.pkl")
     assert os.listdir(tmp_path) == ["p.pkl"]
+
+
+def test_pickles_and_archives_that_would_take_all_memory_or_time(tmp_path):
+    nested = []
+    for _ in range(27):  # printed, it has 2^27 lists
+        nested = [nested, nested]
+    memo = b"\x80\x02]r\xf0\xff\xff\xff(X\x01\x00\x00\x00aX\x01\x00\x00\x00be."  # a table of 4e9 entries for pickle
+    half = pickle.dumps(["a", "\ud83d"])
+    for content, words in ((pickle.dumps(nested), "found a list within a list"), (half, "surrogates not allowed")):
+        (tmp_path / "p.pkl").write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            prompt_set(tmp_path / "p.pkl")
+    (tmp_path / "p.pkl").write_bytes(memo)
+    assert prompt_set(tmp_path / "p.pkl") == ["a", "b"]
+    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("coco10k/all_prompts.pkl", bytes(2 ** 27))
+    assert (tmp_path / "p.zip").stat().st_size < 2 ** 18
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="more than 67108864 bytes"):
+        prompt_set(tmp_path / "p.zip")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 * 1024  # KiB: what is read, and its parts
+
+
+def test_videos_captions_in_json(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"path": "a.mp4", "cap": ["A man."]}]))
+    assert prompt_set(tmp_path / "x.json") == ["A man."]
 
 
 def test_parti_prompts_keep_their_quotes(tmp_path):

@@ -5,7 +5,6 @@
 
 Letters: B images or prompts, L tokens of text, S of an image, P width of what both are projected to.
 """
-import json
 import math
 import re
 from functools import reduce
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from models.checkpoint import InputError, Tensors, check_names, load
+from models.parse import read_object
 from models.text_encoders import at_end, shapes_of
 
 HEADS = {1280: 16, 1408: 16}  # width -> heads of the H and g image encoders; all others are 64 wide
@@ -74,10 +74,8 @@ def clip_model(tensors: Tensors, activation: str) -> CLIPModel:
     (*_, patch), (places, _), (vocabulary, _), (window, _), projection, *fc1 = shapes_of(
         tensors, "a CLIP of images and text", [name_in_file(f"{name}.weight") for name in names])
     beside, sizes = tensors.path.with_name("config.json"), {}
-    try:
-        towers = dict(json.loads(beside.read_bytes())) if beside.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{beside}: expected the JSON of a transformers CLIP") from error
+    towers = read_object(beside, "the JSON of a transformers CLIP") if beside.is_file() else {}
+    towers = {part: settings for part, settings in towers.items() if isinstance(settings, dict)}
     for part, (hidden, width) in zip(("vision_config", "text_config"), fc1):
         first = name_in_file(part.replace("config", "model.encoder.layers."))
         last, given = name_in_file(".layer_norm1.weight"), towers.get(part, {})

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.checkpoint import InputError, replacing, some
+from models.parse import parse_json
 from models.data import append_jsonl, lines_of
 from models.pictures import PICTURES, VIDEOS, picture, read_text
 
@@ -146,7 +147,7 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
     kept = {}
     for number, line in lines_of(log):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             score = row.pop("score")
             kept[json.dumps(row, sort_keys=True)] = score
         except (ValueError, KeyError, AttributeError) as error:

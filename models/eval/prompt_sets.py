@@ -4,18 +4,18 @@
     prompts = prompt_set("PartiPrompts.tsv")       # a file
 """
 import csv
-import io
-import json
-import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 from models.checkpoint import InputError, why
 from models.data import lines_of, read_prompts
+from models.parse import parse_json, short
 from models.videos import webvid_files
 
 COCO = "coco10k/all_prompts.pkl"  # within the archive, beside the 10,000 pictures
+LARGEST = 2 ** 26  # bytes of a pickled list; that of COCO has a hundredth
 # Name -> what it is for, where its file is.
 SETS = {
     "coco10k": "Tables 1, 2, 4: 10,000 captions of COCO 2014's validation set, as DMD2 drew them",
@@ -69,46 +69,88 @@ def on_hub(repo: str, file: str, kind: str = "model") -> Path:
         raise InputError(f"{file} of {repo}: {why(error, url)}; --prompts FILE takes a local copy") from error
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Lists, texts and numbers need no names from modules; whatever else a pickle asks for could run code."""
+# What a pickled list of texts consists of.
+TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE")
+FRAME = ("PROTO", "FRAME", "MARK", "APPEND", "APPENDS", "STOP")
 
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+def pickled_texts(content: bytes) -> list[str]:
+    """The texts of a pickled list, from its opcodes alone: a pickle of ten bytes can make Python's own reader
+    run code, or allocate all memory. Raises ValueError for one that holds anything else."""
+    texts, memo, last, lists = [], {}, None, 0
+    for opcode, value, _ in pickletools.genops(content):
+        name = opcode.name
+        if name in TEXTS:
+            value.encode()  # no halves of a surrogate pair
+            last = value
+            texts.append(value)
+        elif name in ("EMPTY_LIST", "LIST") and lists == 0:
+            last, lists = None, 1
+        elif name == "MEMOIZE":
+            memo[len(memo)] = last
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[value] = last
+        elif name in ("GET", "BINGET", "LONG_BINGET") and memo.get(value) is not None:
+            texts.append(memo[value])
+        elif name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE"):
+            named = value.replace(" ", ".") if isinstance(value, str) else ".".join(texts[-2:])
+            raise ValueError(f"it calls {short(named)}")
+        elif name not in FRAME:
+            raise TypeError(f"{'a list within a list' if name == 'EMPTY_LIST' else name}")
+    if not lists or not texts:
+        raise TypeError(short(texts[:1] or []))
+    return texts
 
 
 def coco_list(file: BinaryIO, path: Path) -> list[str]:
+    content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise InputError(f"{path}: more than {LARGEST} bytes; expected a pickled list of texts")
     try:
-        prompts = PlainUnpickler(file).load()
+        return pickled_texts(content)
+    except TypeError as error:
+        raise InputError(f"{path}: expected a pickled list of texts, found {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path}: refused or damaged ({error}); expected a pickled list of texts") from error
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"{path}: expected a pickled list of texts, found {str(prompts)[:40]}")
-    return prompts
+        raise InputError(f"{path}: refused or damaged ({short(error)}); expected a pickled list of "
+                         "texts") from error
 
 
 def coco_pickle(path: Path) -> list[str]:
-    return coco_list(io.BytesIO(path.read_bytes()), path)
+    with path.open("rb") as file:
+        return coco_list(file, path)
 
 
 def coco_archive(path: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return coco_list(io.BytesIO(archive.read(COCO)), path)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{path}: expected a zip archive with {COCO} ({error})") from error
+        with zipfile.ZipFile(path) as archive, archive.open(COCO) as file:
+            return coco_list(file, path)
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds, from a damaged or encrypted archive
+        raise InputError(f"{path}: expected a zip archive with {COCO} ({short(error)})") from error
 
 
 def vbench_prompts(path: Path) -> list[str]:
     """VBench's list of {prompt_en, dimension, ...}, unchanged, because the videos are named after them."""
+    content = path.read_bytes()
+    if b'"prompt_en"' not in content:
+        return read_prompts(path)
     try:
-        return [entry["prompt_en"] for entry in json.loads(path.read_bytes())]
+        prompts = [entry["prompt_en"] for entry in parse_json(content)]
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("prompt_en is no text")
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f'{path}: expected VBench_full_info.json, [{{"prompt_en": text, ...}}]') from error
+    return prompts
 
 
 def webvid(path: Path) -> list[tuple[str, str]]:
     """(file in the download, caption) of each row of WebVid's table; empty when the file is another table."""
     rows = csv.DictReader(line + "\n" for _, line in lines_of(path))
-    if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
-        return []
-    return [(webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()) for row in rows]
+    try:
+        if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
+            return []
+        return [(webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()) for row in rows]
+    except (csv.Error, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: line {rows.line_num} is damaged ({short(error)}); expected a table with "
+                         "videoid, page_dir and name") from error

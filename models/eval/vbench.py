@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from models.checkpoint import InputError, replacing, some
+from models.parse import parse_json
 
 # Dimension -> least and greatest raw value of the normalisation, number of its prompts.
 QUALITY = {
@@ -58,7 +59,7 @@ def read_results(paths: list[Path]) -> tuple[dict[str, float], list[str]]:
     values, source, notes = {}, {}, []
     for file in files:
         try:
-            content = json.loads(file.read_bytes())
+            content = parse_json(file.read_bytes())
             found = {name.replace("_", " "): (float(value[0]), len(value[1]) if len(value) > 1 else None)
                      for name, value in content.items()}
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.checkpoint import InputError
 from models.eval.metrics import procedural
 from models.job.job import Job
+from models.job.latents import vae_digest
 from models.parallel import print0
 from models.presets import Preset
 from models.shards import open_pairs
@@ -52,6 +53,10 @@ def open_clips(job: Job) -> Callable[[list[int]], tuple[Tensor, Cond]]:
     if args.latents:
         pairs = open_pairs(args.latents, args.model, job.latent_shape, "latents")
         print0(pairs)
+        now = {"vae": ("--vae-ckpt or --vae-precision", vae_digest(job.vae)), "stride": ("--stride", args.stride)}
+        other = [flag for key, (flag, value) in now.items() if pairs.manifest.get(key, value) != value]
+        if other:
+            print0(f"note: {args.latents} was made with another {' and another '.join(other)}")
 
         def real(indices):
             x_0, captions = pairs.read(job.shuffled(indices, len(pairs)))

@@ -14,13 +14,16 @@ from torch import nn
 
 from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae
 from models.checkpoint import InputError, Tensors, find, open_tensors
+from models.diffusers_names import denoiser_of, vae_of
 from models.job.motion import base_tensors, merged, motion_tensors
+from models.job.notes import check_announced, check_scale
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
 from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText
-from models.text_encoders import hub_tensors, load_tokenizers, t5_tensors, text_parts
+from models.text_encoders import FOLDERS, hub_tensors, load_tokenizers, t5_tensors, text_parts
 
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # groups of a single file
+HUB_DENOISERS = ("unet", "transformer")  # folders of the diffusers layout
 MOTION = "motion_module.safetensors"  # beside an exported generator.safetensors of AnimateDiff
 
 
@@ -45,30 +48,54 @@ class Family(NamedTuple):
 
 
 def source(args, preset: Preset) -> Tensors:
-    """The tensors of --ckpt or of the preset's file on the hub. Raises InputError if neither can be read."""
-    return open_tensors(find(preset.file, args.ckpt, preset.repo))
+    """The tensors of --ckpt or of the preset's file on the hub: of a diffusers-layout folder its denoiser's.
+    Raises InputError if neither can be read."""
+    path = find(preset.file, args.ckpt, preset.repo)
+    for folder in (path / name for name in HUB_DENOISERS):
+        path = folder if folder.is_dir() else path
+    return hub_tensors(path) if path.is_dir() else open_tensors(path)
 
 
-# ---- single files: SD3, SDXL, SD1.5 -------------------------------------------------------------------------------
+def denoiser_file(args, preset: Preset, init: Path | None) -> Tensors:
+    """The file `init`, or `source`. Raises InputError if it says that it is of another kind."""
+    tensors = open_tensors(init) if init else source(args, preset)
+    check_announced(tensors, preset)
+    return tensors
+
+
+# ---- single files and diffusers' folders: SD3, SDXL, SD1.5 --------------------------------------------------
+
+def hub_folder(ckpt: Path | None, preset: Preset) -> Path | None:
+    """The diffusers-layout folder, with unet/ or transformer/ in it, that the denoiser is read from."""
+    path = find(preset.file, ckpt, preset.repo) if ckpt else None
+    if path and path.name in HUB_DENOISERS and path.is_dir():
+        return path.parent
+    return path if path and any((path / name).is_dir() for name in HUB_DENOISERS) else None
+
 
 def open_single_denoiser(args, preset: Preset, init: Path | None) -> Tensors:
-    return (open_tensors(init) if init else source(args, preset)).group(DENOISER)
+    return denoiser_of(denoiser_file(args, preset, init), DENOISER)
 
 
 def open_single_vae(args, preset: Preset) -> Tensors:
-    tensors = open_tensors(args.vae_ckpt) if args.vae_ckpt else source(args, preset)
-    alone = args.vae_ckpt and "decoder.conv_in.weight" in tensors  # as vae-ft-mse-840000 is published
-    return tensors if alone else tensors.group(VAE)
+    path = args.vae_ckpt or hub_folder(args.ckpt, preset)
+    if path and path.is_dir():
+        tensors = hub_tensors(path / "vae" if (path / "vae").is_dir() else path)
+    else:
+        tensors = open_tensors(path) if path else source(args, preset)
+    check_scale(tensors.path, preset.vae)
+    return vae_of(tensors, VAE)
 
 
 def single_parts(args, preset: Preset) -> tuple[dict[str, Tensors], Path]:
-    """The text encoders of --text-ckpt, of the denoiser's file, of the files beside it or of the hub, and one
-    of those paths."""
-    single = find(preset.file, args.ckpt, preset.repo)
+    """The text encoders of --text-ckpt, of the denoiser's file or folder, of the files beside it or of the
+    hub, and one of those paths."""
+    single = hub_folder(args.ckpt, preset) or source(args, preset).path  # in a folder: the file that is meant
+    hub = any((single / folder).is_dir() for folder in FOLDERS.values())
     if args.text_ckpt:
         paths = [args.text_ckpt]
-    elif not preset.text_files or any(name.startswith("text_encoders.clip_l.")
-                                      for name in open_tensors(single)):
+    elif hub or not preset.text_files or any(name.startswith("text_encoders.clip_l.")
+                                             for name in open_tensors(single)):
         paths = [single]
     else:
         wanted = preset.text_files[:2] if args.no_t5 else preset.text_files
@@ -78,6 +105,13 @@ def single_parts(args, preset: Preset) -> tuple[dict[str, Tensors], Path]:
     return text_parts(*paths), paths[0]
 
 
+def single_tokenizers(args, preset: Preset, t5: bool = False) -> tuple:
+    """Of --tokenizers or, without it, of the denoiser's folder before the preset's."""
+    given, folder = args.tokenizers != preset.tokenizers, hub_folder(args.ckpt, preset)
+    found = not given and folder and (folder / "tokenizer").is_dir()
+    return load_tokenizers(folder if found else args.tokenizers, t5=t5)
+
+
 def new_sd3_text(args, preset: Preset, device: torch.device) -> tuple[SD3Text, dict[str, Tensors]]:
     parts, path = single_parts(args, preset)
     if args.no_t5:
@@ -85,21 +119,25 @@ def new_sd3_text(args, preset: Preset, device: torch.device) -> tuple[SD3Text, d
     elif "t5" not in parts:
         raise InputError(f"{path}: no T5 encoder; pass --text-ckpt with t5xxl_fp16.safetensors in it, "
                          "or --no-t5")
-    return SD3Text(parts, load_tokenizers(args.tokenizers), preset.t5_length, preset.config["context_dim"],
-                   device=device), parts
+    return SD3Text(parts, single_tokenizers(args, preset, t5=True), preset.t5_length,
+                   preset.config["context_dim"], device=device), parts
 
 
 def new_sdxl_text(args, preset: Preset, device: torch.device) -> tuple[SDXLText, dict[str, Tensors]]:
     parts, _ = single_parts(args, preset)
-    return SDXLText(parts, load_tokenizers(args.tokenizers, t5=False), tuple(args.size), device=device), parts
+    return SDXLText(parts, single_tokenizers(args, preset), tuple(args.size), device=device), parts
 
 
 def new_sd15_text(args, preset: Preset, device: torch.device) -> tuple[SD15Text, dict[str, Tensors]]:
     parts, _ = single_parts(args, preset)
-    return SD15Text(parts, load_tokenizers(args.tokenizers, t5=False), device=device), parts
+    return SD15Text(parts, single_tokenizers(args, preset), device=device), parts
 
 
 def beside_single(ckpt: Path, preset: Preset, flag: str) -> Path | None:
+    folder = hub_folder(ckpt, preset)
+    if folder:
+        part = {"text_ckpt": "text_encoder", "tokenizers": "tokenizer", "vae_ckpt": "vae"}[flag]
+        return folder if (folder / part).is_dir() else None
     return ckpt.parent if flag == "text_ckpt" and (ckpt.parent / "text_encoders").is_dir() else None
 
 
@@ -115,7 +153,7 @@ def mmdit_sides(preset: Preset) -> tuple[int, int]:
 # ---- two files: AnimateDiff --------------------------------------------------------------------------------
 
 def open_sd15(args, preset: Preset, init: Path | None) -> Tensors:
-    return base_tensors(open_tensors(init) if init else source(args, preset))
+    return base_tensors(denoiser_file(args, preset, init))
 
 
 def open_animatediff(args, preset: Preset, init: Path | None) -> Tensors:
@@ -128,7 +166,9 @@ def open_animatediff(args, preset: Preset, init: Path | None) -> Tensors:
     else:
         path = find(preset.motion_file, args.motion_ckpt or preset.motion_ckpt, preset.motion_repo,
                     advice=f"--motion-ckpt FILE takes a local {preset.motion_file}")
-    return merged(base, motion_tensors(open_tensors(path)))
+    motion = open_tensors(path)
+    check_announced(motion, preset)
+    return merged(base, motion_tensors(motion))
 
 
 # ---- folders: CogVideoX ------------------------------------------------------------------------------------
@@ -151,7 +191,26 @@ def beside_cogvideox(ckpt: Path | None, preset: Preset, flag: str) -> Path:
 
 
 def open_cogvideox(args, preset: Preset, init: Path | None) -> Tensors:
-    return dit_from_sat(open_tensors(init) if init else source(args, preset))
+    tensors = denoiser_file(args, preset, init)
+    check_positions(tensors, preset)
+    return dit_from_sat(tensors)
+
+
+def check_positions(tensors: Tensors, preset: Preset) -> None:
+    """Raises InputError for a table of positions that was learned: the network computes its sinusoids."""
+    for name in (name for name in tensors if name.endswith("pos_embed.pos_embedding")
+                 or name.endswith("patch_embed.pos_embedding")):
+        frames = (preset.frames - 1) // 4 + 1
+        h, w = (side // preset.vae_factor // preset.config["patch"] for side in preset.size)
+        width = preset.config["heads"] * preset.config["head_dim"]
+        expected = torch.zeros(preset.t5_length + frames * h * w, width)
+        if not preset.config["rotary"]:
+            expected[preset.t5_length:] = cogvideox.sincos_table(
+                frames, h, w, width, preset.config.get("interpolation", 1.875), torch.float32)
+        if tensors.shapes[name] != (1, *expected.shape) or \
+                not (tensors[name][0].float() - expected).abs().max() < 1e-2:  # bf16: 4e-3
+            raise InputError(f"{tensors.path}: {name} holds learned positions, or those of another size; "
+                             "expected none, or the sinusoids of CogVideoX's text-to-video models")
 
 
 def open_cogvideox_vae(args, preset: Preset) -> Tensors:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.checkpoint import InputError
-from models.data import read_prompts
+from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
 from models.job.networks import DTYPES
 from models.parallel import barrier
@@ -35,7 +35,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=Help)
     add = parser.add_argument_group("model files").add_argument
     add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
-    add("--ckpt", type=Path, help="original single file, or CogVideoX's folder; else the Hugging Face hub's")
+    add("--ckpt", type=Path, help="original single file, or a folder in diffusers' layout; else the hub's")
     add("--motion-ckpt", type=Path, help="AnimateDiff's motion modules, as mm_sd_v15_v2.ckpt")
     add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout; "
         "CogVideoX: folder or file of T5")
@@ -94,7 +94,7 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
 def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
     """`training_parser` with the flags that ADM and its baseline DMD have in common."""
     parser, add = training_parser(script, doc)
-    add("--prompts", type=Path, help=".txt, .jsonl, .csv or .tsv")
+    add("--prompts", type=Path, nargs="+", help=".txt, .jsonl, .csv, .tsv or .json")
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
     add("--steps", type=int, help="N, steps of the generator")
     add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
@@ -219,7 +219,9 @@ def read_training_prompts(args: argparse.Namespace, preset: Preset) -> list[str]
         weights = f", and --ckpt {preset.file} or access to {preset.repo} on the hub (HF_TOKEN)"
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)"
                          + weights * (args.ckpt is None))
-    return read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts)
+    args.prompts_digest = digest(prompts)  # config.json keeps it, and --resume compares it
+    return prompts
 
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:

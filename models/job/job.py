@@ -24,12 +24,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from models import data
-from models.checkpoint import InputError
+from models.checkpoint import InputError, replacing
 from models.diffusion import Denoiser, generator_times, teacher_times
 from models.job.families import FAMILIES
 from models.job.flags import exact, read_training_prompts, run_folder
 from models.job.networks import export, latent_shape, load_text, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
+from models.job.notes import run_settings
 from models.job.sampling import deviations, generate
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
@@ -150,7 +151,8 @@ class Job:
                                  text=True).stdout.strip()
             config = dict(args=vars(args), preset=self.preset._asdict(), argv=sys.argv, git=git,
                           torch=torch.__version__, world_size=dist.get_world_size())
-            (self.out / "config.json").write_text(json.dumps(config, indent=1, default=str))
+            with replacing(self.out / "config.json") as temporary:
+                temporary.write_text(json.dumps(config, indent=1, default=str))
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out)
@@ -162,17 +164,17 @@ class Job:
     def say_what_changed(self, started: Path) -> None:
         """A flag forgotten on the command line of --resume would otherwise change the run unnoticed. Raises
         InputError for another --init than that of the run in the folder `started`."""
-        if (started / "config.json").exists():
-            before = json.loads((started / "config.json").read_text())["args"]
-            now = json.loads(json.dumps(vars(self.args), default=str))
-            changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})"
-                       for name, value in before.items()
-                       if name not in ("out", "resume", "max_iter") and now.get(name, value) != value]
-            if before.get("init") != now.get("init"):  # the state does not tell what the network predicts
-                raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this "
-                                 "run was started")
-            if changed:
-                print0(f"changed since this run was last started: {', '.join(changed)}")
+        before = run_settings(started)
+        now = json.loads(json.dumps(vars(self.args), default=str))
+        changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+                   if name not in ("out", "resume", "max_iter", "prompts_digest")
+                   and now.get(name, value) != value]
+        changed += ["prompts"] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+        if before and before.get("init") != now.get("init"):  # the state does not tell what the network predicts
+            raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this "
+                             "run was started")
+        if changed:
+            print0(f"changed since this run was last started: {', '.join(changed)}")
 
     def _request_stop(self, *_) -> None:
         self.stop = True

@@ -40,6 +40,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def vae_digest(vae: AutoencoderKL) -> str:
+    """Tells VAEs apart, and one from itself in another precision."""
+    weights = blake2b(digest_size=16)
+    for p in vae.state_dict().values():
+        weights.update(p.cpu().contiguous().view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
 def encode_shard(vae: AutoencoderKL, clips: Clips, shape: tuple[int, ...], folder: Path, first: int,
                  n: int) -> dict:
     """Write the latents of n clips from `first` on: the shard's entry for the manifest."""
@@ -64,12 +72,9 @@ def encode_clips(vae: AutoencoderKL, clips: Clips, model: str, folder: Path, cou
     `shards.open_pairs(folder, model, shape, "latents")` reads. The ranks share the shards."""
     height, width = clips.size
     shape = (clips.frames, vae.decoder.conv_in.in_channels, height // vae.factor, width // vae.factor)
-    weights = blake2b(digest_size=16)
-    for p in vae.state_dict().values():
-        weights.update(p.cpu().contiguous().view(torch.uint8).numpy())
     same = dict(kind="latents", model=model, size=clips.size, latent_shape=shape, stride=clips.stride,
                 seed=clips.seed, shard_size=shard_size, table=shards.sha256(clips.table), videos=len(clips),
-                vae=weights.hexdigest())
+                vae=vae_digest(vae))
     manifest, todo = shards.resume_shards(folder, "latents", json.loads(json.dumps(same)), count, shard_size)
     left = sum(n for _, n in todo)
     print0(f"{folder}: latents of {count} clips, {left} left, {left * 2 * math.prod(shape) / 1e9:.3g} GB")

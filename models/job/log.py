@@ -5,8 +5,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
+from tqdm import tqdm
 
-from models.parallel import mean_over_ranks, update
+from models.checkpoint import some
+from models.parallel import is_main, mean_over_ranks, update
 
 
 class Log:
@@ -63,6 +65,11 @@ class Log:
             pairs = zip(self.record.pop("x_0_square"), self.record["x_0_mean"])
             self.record["x_0_std"] = [math.sqrt(max(0.0, square - mean ** 2)) for square, mean in pairs]
         self.record = values | self.record
+        wrong = [key for key, value in self.record.items()
+                 if key.startswith(("loss_", "grad_norm_")) and not math.isfinite(value)]
+        if wrong and is_main():
+            tqdm.write(f"iteration {values.get('global_iter')}: {some(wrong, 6)} not finite, so that update is "
+                       f"skipped; {values.get('skipped')} iterations with such until now")
 
     def finite(self) -> bool:
         return all(math.isfinite(v) for k, v in self.record.items() if k.startswith(("loss_", "grad_norm_")))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.animatediff import MAX_FRAMES, positions
 from models.checkpoint import InputError, Tensors, some
+from models.diffusers_names import denoiser_of
 
 UNET = "model.diffusion_model."
 PE = ".pos_encoder.pe"
@@ -52,20 +53,18 @@ def motion_tensors(tensors: Tensors) -> Tensors:
 
 
 def base_tensors(tensors: Tensors) -> Tensors:
-    """The UNet's tensors of an SD1.5 single file. Raises InputError for another kind of model."""
-    shapes = tensors.shapes
-    convs = shapes.get(f"{UNET}input_blocks.0.0.weight"), shapes.get(f"{UNET}out.2.weight")
-    found = None
-    if any("motion_modules." in name for name in tensors):
-        found = "motion modules"
-    elif f"{UNET}label_emb.0.0.weight" in tensors:
-        found = "an SDXL model"
-    elif None not in convs and convs[0][1] != convs[1][0]:
+    """The UNet's tensors of an SD1.5 file. Raises InputError for another kind of model."""
+    found, unet = "motion modules", None
+    if not any("motion_modules." in name for name in tensors):
+        unet = denoiser_of(tensors, UNET)
+        convs = [unet.shapes.get(name, ()) for name in ("input_blocks.0.0.weight", "out.2.weight")]
+        found = "an SDXL model" if "label_emb.0.0.weight" in unet else None
+    if unet and not found and all(len(shape) == 4 for shape in convs) and convs[0][1] != convs[1][0]:
         found = f"{convs[0][1]} input channels for {convs[1][0]} output channels, as in inpainting models"
     if found:
         raise InputError(f"{tensors.path}: {found}; expected SD1.5 or a fine-tune of it in a single file, "
                          "such as Realistic_Vision_V5.1.safetensors")
-    return tensors.group(UNET)
+    return unet
 
 
 def merged(a: Tensors, b: Tensors) -> Tensors:

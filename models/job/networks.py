@@ -7,28 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models import checkpoint, lora
 from models.checkpoint import InputError, Tensors
 from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator
-from models.job.families import DENOISER, FAMILIES, MOTION, source
+from models.job.families import DENOISER, FAMILIES, MOTION, VAE, source
 from models.job.motion import split_motion
+from models.job.notes import export_notes
 from models.parallel import (
     barrier,
     fill_random,
     full_tensors,
     is_main,
     load_sharded,
+    local_rows,
     materialise,
     neighbours,
+    print0,
     settle,
     shard,
 )
 from models.presets import PRESETS, Preset
 from models.sequence import sequence_parallel
+from models.shards import Pairs, fingerprint
+from models.text_encoders import PREFIXES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -97,14 +102,41 @@ def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device)
         if init.is_dir() and not (init / "generator.safetensors").exists():
             raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
         init = init / "generator.safetensors" if init.is_dir() else init
-        metadata = checkpoint.open_tensors(init).metadata
+        metadata = export_notes(checkpoint.open_tensors(init))
         if metadata.get("dmdx.model") != args.model:
             raise InputError(f"--init {init}: a generator of {metadata.get('dmdx.model', 'no run of ours')}; "
                              f"expected one of {args.model}")
         predicts = metadata.get("dmdx.predicts", predicts)
         schedule = metadata.get("dmdx.schedule", schedule)
+    preset = preset._replace(predicts=predicts, schedule=schedule)
     net = load_network(args, preset, mesh, device, trainable=True, init=init)
     return Denoiser(net, predicts, schedule)
+
+
+def teacher_files(args, preset: Preset) -> dict:
+    """What tells the teacher and the conditions of ODE pairs apart from others."""
+    found = dict(checkpoint=fingerprint(source(args, preset).path), no_t5=args.no_t5,
+                 text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
+    found |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
+    return found | (dict(null_prompt=args.null_prompt) if args.null_prompt else {})
+
+
+def check_pairs(args, preset: Preset, pairs: Pairs) -> None:
+    """Say how else these ODE pairs were made than the preset has it. Raises InputError for those of another
+    teacher or of other conditions than this run's."""
+    flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text_ckpt="--text-ckpt", motion="--motion-ckpt",
+                 null_prompt="--null-prompt")
+    now = teacher_files(args, preset)
+    other = [flag for key, flag in flags.items()
+             if key in pairs.manifest and pairs.manifest[key] != now.get(key)]
+    if other:
+        raise InputError(f"{pairs.folder}: these pairs were made with other {', '.join(other)}; expected the "
+                         "flags and files of this run, or the pairs' flags here")
+    usual = dict(schedule=preset.schedule, shift=preset.shift, steps=preset.teacher_steps, cfg=list(preset.cfg))
+    unusual = [f"{key} {pairs.manifest[key]} (the preset's: {value})" for key, value in usual.items()
+               if key in pairs.manifest and pairs.manifest[key] != value]
+    if unusual:
+        print0(f"note: {pairs.folder} was made with {', '.join(unusual)}")
 
 
 def frame_model(args, preset: Preset) -> tuple[argparse.Namespace, Preset]:
@@ -192,8 +224,13 @@ def student_cfg(args) -> float | None:
 
 def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
     """The generator as users' tools read it: an adapter in the diffusers and in the kohya/ComfyUI layout, all
-    weights in the original layout, with the checkpoint's VAE and text encoders if that is a single file."""
+    weights in the original layout, with the VAE of this run and the checkpoint's text encoders if that is a
+    single file. Raises InputError for weights that are not finite."""
     family = FAMILIES[preset.family]
+    bad = [name for name, p in trainables(G_theta).items() if not local_rows(p)[0].isfinite().all()]
+    if bad:
+        raise InputError(f"{out}: the generator is not exported, because {len(bad)} of its tensors are not "
+                         f"finite ({checkpoint.some(bad)}); expected a state from before that, as --resume STATE")
     metadata = {"dmdx.model": args.model, "dmdx.steps": str(args.steps), "dmdx.shift": str(preset.shift),
                 "dmdx.predicts": G_theta.predicts, "dmdx.schedule": G_theta.schedule}
     metadata |= {"dmdx.rollout": "renoise"} if G_theta.renoise else {}
@@ -209,11 +246,21 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
     prefix = DENOISER if family.single_file else ""
     weights = {name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
     if is_main():
-        tensors = source(args, preset) if family.single_file else {}
-        others = {name: tensors[name] for name in tensors if not name.startswith((DENOISER, "model_ema."))}
         weights, motion = split_motion(weights)
         weights = {prefix + name: p for name, p in weights.items()}
+        others = beside_denoiser(args, preset) if family.single_file else {}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
         if motion:
             checkpoint.save_safetensors(out / MOTION, motion, metadata)
     barrier()  # the others wait for the writing
+
+
+def beside_denoiser(args, preset: Preset) -> dict[str, Tensor]:
+    """What a single file holds beside the denoiser: the VAE of this run and, if they are this run's too, the
+    text encoders of the checkpoint. Nothing else: not its EMA, markers or tables of a schedule."""
+    vae, single = FAMILIES[preset.family].open_vae(args, preset), source(args, preset)
+    texts = [] if args.text_ckpt else [name for name in single if name.startswith(tuple(PREFIXES))]
+    if not texts:
+        print("note: generator.safetensors holds no text encoders, as they are not in one file with the "
+              f"denoiser; they are in {args.text_ckpt or 'or beside ' + str(single.path.parent)}")
+    return {VAE + name: vae[name] for name in vae} | {name: single[name] for name in texts}

@@ -1,0 +1,130 @@
+"""What checkpoints and run folders say of themselves: checked, and never read as something else.
+
+A network trained on another prediction or noise schedule has the same tensors as its base. Only a marker, the
+metadata or a scheduler's settings tell them apart.
+"""
+from pathlib import Path
+
+from models.checkpoint import InputError, Tensors
+from models.diffusion import SNR_SHIFT, alphas_cumprod
+from models.parse import read_object, short
+from models.presets import PRESETS, Preset
+
+# How others write what a network predicts. "velocity" beside a DDPM schedule is v.
+SPELLINGS = {"epsilon": ("epsilon", "eps"), "v": ("v", "v_prediction", "v-prediction", "velocity")}
+# Family -> how `modelspec.architecture` begins.
+ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
+                 "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
+                 "cogvideox": "cogvideo"}
+# Schedule -> entries of diffusers' scheduler_config.json.
+DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            trained_betas=None)
+SCHEDULERS = {"sdxl": DDPM | dict(rescale_betas_zero_snr=False)} | {
+    name: DDPM | dict(rescale_betas_zero_snr=True, snr_shift_scale=scale) for name, scale in SNR_SHIFT.items()}
+
+# What `networks.export` writes: key -> the allowed texts, or the smallest and largest number.
+CHOICES = {"dmdx.model": PRESETS, "dmdx.predicts": ("epsilon", "v", "velocity"),
+           "dmdx.schedule": ("flow", "sdxl", "animatediff", *SNR_SHIFT), "dmdx.rollout": ("renoise", "ode"),
+           "dmdx.null_prompt": ("zeros", "empty")}
+RANGES = {"dmdx.steps": (1, 1000), "dmdx.shift": (0.01, 100), "dmdx.cfg": (-1000, 1000)}
+
+
+def check_announced(tensors: Tensors, preset: Preset) -> None:
+    """Raises InputError for a file that says it is of another prediction, noise schedule or architecture than
+    the preset's. `tensors`: all of the file."""
+    notes, flow = tensors.metadata, preset.schedule == "flow"
+    zero_snr = preset.schedule in SNR_SHIFT
+    found = []
+    if "v_pred" in tensors and preset.predicts != "v":
+        found.append("a v-prediction checkpoint (it has a tensor v_pred)")
+    if "ztsnr" in tensors and not zero_snr:
+        found.append("trained with zero terminal SNR (it has a tensor ztsnr)")
+    edm = [name for name in tensors if name.startswith("edm_")]
+    if edm:
+        found.append(f"trained on an EDM schedule (it has a tensor {short(edm[0])})")
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+        # Tools write epsilon there for flow models too, which no file of SD3 is.
+        if key in notes and not flow and notes[key].lower() not in SPELLINGS[preset.predicts]:
+            found.append(f"of another prediction ({key} {short(notes[key], 40)})")
+    architecture = notes.get("modelspec.architecture", "").lower()
+    known = architecture.startswith(("stable-diffusion", "cogvideo")) or architecture.endswith("lora")
+    if known and (not architecture.startswith(ARCHITECTURES[preset.family]) or architecture.endswith("/lora")):
+        found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
+    if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
+        table, expected = tensors["alphas_cumprod"].double(), alphas_cumprod("sdxl")
+        if table.shape != expected.shape or not (table - expected).abs().max() < 2e-3:  # float16: 5e-4
+            found.append("trained on another noise schedule (its alphas_cumprod)")
+    exported = export_notes(tensors)
+    for key, value in (("dmdx.predicts", preset.predicts), ("dmdx.schedule", preset.schedule)):
+        if exported.get(key, value) != value:
+            found.append(f"a generator of another parametrisation ({key} {exported[key]})")
+    found += other_scheduler(tensors.path, preset)
+    if found:
+        raise InputError(f"{tensors.path}: is {found[0]}; expected a network that predicts {preset.predicts} "
+                         f"on the schedule {preset.schedule}")
+
+
+def other_scheduler(weights: Path, preset: Preset) -> list[str]:
+    """What scheduler/ beside the folder of these weights says otherwise than the preset."""
+    path = weights.parent.parent / "scheduler" / "scheduler_config.json"
+    if weights.parent.name not in ("unet", "transformer") or not path.is_file():
+        return []
+    settings = read_object(path, "a scheduler's settings")
+    kind = str(settings.get("_class_name", ""))
+    expected = dict(SCHEDULERS.get(preset.schedule, {}))
+    if preset.schedule != "flow":
+        expected["prediction_type"] = {"v": "v_prediction"}.get(preset.predicts, preset.predicts)
+    wrong = [f"{key} {short(settings[key], 40)}" for key, value in expected.items()
+             if settings.get(key, value) != value]
+    if kind.startswith("EDM") or kind and ("Flow" in kind) != (preset.schedule == "flow"):
+        wrong.append(f"_class_name {short(kind, 60)}")
+    return [f"trained otherwise ({path} has {', '.join(wrong)})"] if wrong else []
+
+
+def check_scale(weights: Path, vae: dict) -> None:
+    """Raises InputError where config.json beside a VAE's weights has another scale or shift of its latents."""
+    path = weights.parent / "config.json"
+    settings = read_object(path, "a VAE's settings") if path.is_file() else {}
+    for key, value in (("scaling_factor", vae["scale"]), ("shift_factor", vae["shift"])):
+        found = settings.get(key)
+        if found is not None and "Autoencoder" in str(settings.get("_class_name")) and found != value:
+            raise InputError(f"{path}: {key} {short(found, 40)}; expected {value}, with which this model's "
+                             "denoiser was trained")
+
+
+def export_notes(tensors: Tensors) -> dict[str, str]:
+    """What an exported generator or adapter says of itself, its dmdx.* metadata; of other files nothing.
+    Raises InputError for values that no export writes."""
+    notes = {key: value for key, value in tensors.metadata.items() if key.startswith("dmdx.")}
+    for key, choices in CHOICES.items():
+        if key in notes and notes[key] not in choices:
+            raise InputError(f"{tensors.path}: its metadata say {key} {short(notes[key], 60)}; "
+                             f"expected one of {', '.join(choices)}")
+    for key, (low, high) in RANGES.items():
+        if key in notes:
+            try:
+                fits = low <= (int if key == "dmdx.steps" else float)(notes[key]) <= high
+            except ValueError:
+                fits = False
+            if not fits:
+                raise InputError(f"{tensors.path}: its metadata say {key} {short(notes[key], 60)}; "
+                                 f"expected a number from {low} to {high}")
+    return notes
+
+
+def run_settings(folder: Path) -> dict:
+    """The flags with which a run was last started, from its config.json; none where there is no such file, or
+    that of another program. Raises InputError for a damaged one."""
+    path, what = folder / "config.json", "the settings of a run"
+    args = read_object(path, what).get("args") if path.exists() else None
+    if args is None:
+        return {}
+    kinds = dict(model=str, ckpt=str | None, text_ckpt=str | None, tokenizers=str, size=list, no_t5=bool)
+    if not isinstance(args, dict):
+        raise InputError(f"{path}: holds args {short(args, 40)}; expected {what}")
+    wrong = [f"{name} {short(args.get(name, 'missing'), 40)}" for name, kind in kinds.items()
+             if name not in args or not isinstance(args[name], kind)]
+    if wrong or args["model"] not in PRESETS:
+        raise InputError(f"{path}: has {', '.join(wrong) or 'model ' + short(args['model'], 40)}; "
+                         f"expected {what}")
+    return args

@@ -1,0 +1,127 @@
+"""Files that others wrote, read without trust: JSON, and the header of a safetensors file.
+
+Whatever the user can mend is an InputError of one sentence: which file, what was found, what was expected.
+"""
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+class InputError(ValueError):
+    """Something the user can mend, such as a wrong file. Scripts print the sentence and exit with 2."""
+
+
+class Span(NamedTuple):
+    """Where a tensor is in a file, in bytes after the header."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def some(names: Iterable, count: int = 3) -> str:
+    """The first few of many names, for a sentence."""
+    names = list(map(short, names))
+    return ", ".join(names[:count] + ["..."] * (len(names) > count)) or "nothing"
+
+
+def short(value, length: int = 200) -> str:
+    """What a file holds, for a sentence: on one line, and cut."""
+    text = str(value)[:length]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+def parse_json(text: bytes | str, unique: bool = False):
+    """The value of a JSON text. Raises ValueError, of one line, for all that is wrong with it, also for
+    nesting that Python cannot follow. `unique`: and for objects in which a name stands twice."""
+    def once(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in found if names.count(name) > 1)
+            raise ValueError(f"{short(twice)} stands twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once if unique else None)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_object(path: Path, what: str) -> dict:
+    """The JSON object in a file; raises InputError for all else. `what`: what was expected, for a sentence."""
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected {what}, found damaged JSON ({short(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected {what}, found {short(value, 40) or 'nothing'}")
+    return value
+
+
+# ---- safetensors -------------------------------------------------------------------------------------------
+
+def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str], int]:
+    """({tensor name: span}, metadata, bytes before the tensors) of a safetensors file: a length, a JSON
+    header and the bytes. Raises InputError unless all of it makes sense and all bytes are there."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(min(length, 100_000_000))  # safetensors' own limit
+        if head[:1] != b"{":
+            file.seek(0)
+            pointer = file.read(20) == b"version https://git-"
+            found = "a Git LFS pointer (run `git lfs pull`)" if pointer else "something else"
+            raise InputError(f"{path}: expected a safetensors file, found {found}")
+    if len(head) < length:
+        raise InputError(f"{path}: truncated within its header, {size} bytes of more than {8 + length}")
+    try:
+        entries = parse_json(head, unique=True)
+        metadata = entries.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not texts")
+        spans = {name: span_of(name, entry) for name, entry in entries.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged safetensors header ({short(error)})") from error
+    unfit = [name for name, (dtype, shape, start, stop) in spans.items()
+             if stop - start != math.prod(shape) * dtype.itemsize]
+    if unfit:
+        raise InputError(f"{path}: damaged safetensors header, sizes do not fit the shapes of {some(unfit)}")
+    filled = sorted((span.start, span.stop, name) for name, span in spans.items() if span.stop > span.start)
+    shared = [f"{a} and {b}" for (_, stop, a), (start, _, b) in zip(filled, filled[1:]) if start < stop]
+    if shared:
+        raise InputError(f"{path}: damaged safetensors header, the same bytes are those of {some(shared)}")
+    expected = 8 + length + max((span.stop for span in spans.values()), default=0)
+    if size < expected:
+        raise InputError(f"{path}: truncated, {size} bytes of {expected}")
+    return spans, metadata, 8 + length
+
+
+def span_of(name: str, entry) -> Span:
+    """A tensor's entry. Raises ValueError for a damaged one, InputError for a dtype that nothing here reads."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"no dtype, shape and data_offsets of {short(name)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+               for numbers in (shape, offsets)) or len(offsets) != 2:
+        raise ValueError(f"no whole numbers in shape and data_offsets of {short(name)}")
+    if math.prod(max(n, 1) for n in shape) >= 2 ** 60:  # torch counts elements and bytes in 63 bits
+        raise ValueError(f"the shape of {short(name)} is larger than any memory")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{short(name)} has the unsupported dtype {short(dtype)}; "
+                         f"expected one of {', '.join(DTYPES)}")
+    return Span(DTYPES[dtype], tuple(shape), *offsets)
