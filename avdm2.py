@@ -59,7 +59,6 @@ def main(args):
     preset = flags.resolve(args)
     if not preset.base_2d:
         raise InputError(f"--model {args.model}: expected one with a teacher of single frames, such as animatediff")
-    flags.at_least_1(args, ("frames_sdm", "warmup", "stride", "workers"))
     if min(args.lambdas) < 0:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected weights >= 0")
     if args.sdm == "2d" and args.frames_sdm > args.frames:

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from models import data, shards
 from models.job import flags, networks
 from models.checkpoint import InputError
 from models.diffusion import Denoiser, solve, teacher_times
+from models.job.folder import check_out, hold
 from models.job.networks import DTYPES
 from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
+from models.progress import bar
 
 
 def parse_args(argv=None):
@@ -74,17 +75,17 @@ def plan(args, same: dict) -> tuple[dict, list[tuple[int, int]]]:
 
 @torch.no_grad()
 def solve_shard(F_phi: Denoiser, text, c_null: tuple, tn: Tensor, x_T: Tensor, w: Tensor, prompts: list[str],
-                batch: int, dtype: torch.dtype, bar: tqdm, sequence: int) -> Tensor | None:
+                batch: int, dtype: torch.dtype, progress, sequence: int) -> Tensor | None:
     """x_0 (n ...) in `dtype` on rank 0 from latents x_T (n ...), w (n,) and n prompts. The ranks share the
     work; each `sequence` neighbours have the same samples."""
-    n, before, world = len(x_T), bar.n, dist.get_world_size() // sequence
+    n, before, world = len(x_T), progress.n, dist.get_world_size() // sequence
     mine, x_0 = share_of_rank(n, sequence), []
     for start in range(0, len(mine), batch):
         places = mine[start:start + batch]
         c = text.encode([prompts[i] for i in places])
         x = solve(F_phi, x_T[places].to(tn.device), tn, c, c_null, w[places].to(tn.device))
         x_0.append(x.to(dtype).cpu())
-        bar.update(before + min(n, world * (start + batch)) - bar.n)
+        progress.update(before + min(n, world * (start + batch)) - progress.n)
     x_0 = torch.cat(x_0).view(torch.uint8)  # gloo does not know every dtype
     gathered = [torch.empty_like(x_0) for _ in range(dist.get_world_size())] if is_main() else None
     dist.gather(x_0, gathered)
@@ -97,35 +98,35 @@ def main(args):
     if args.verify:
         return shards.verify_shards(args.out, "pairs") if is_main() else None
     preset = flags.resolve_model(args)
+    check_out(args.out)
     flags.fill(args, preset, ("prompts", "cfg"))
     for name, default in (("count", preset.pair_count), ("steps", preset.teacher_steps),
                           ("batch", 2 * preset.micro_batch), ("shard_size", 16 if preset.frames else 512)):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    flags.at_least_1(args, ("count", "steps", "batch", "shard_size"))
     (low, high), dtype = args.cfg, DTYPES[args.dtype]
-    if not low <= high:
-        raise InputError(f"--cfg {low:g} {high:g}: expected the lower scale first")
     if args.prompts is None:
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
     prompts = data.read_prompts(args.prompts)
     same = settings(args, preset)
     manifest, todo = plan(args, same)
     if todo:
+        print0(f"loading {args.model}")
         F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
         text = networks.load_text(args, preset, mesh, device)
         tn, c_null = teacher_times(args.steps, preset.shift, preset.schedule).to(device), text.unconditional()
     barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():
+        hold(args.out)
         shards.write_manifest(args.out, manifest)
         shards.sweep_shards(args.out, manifest)
-    bar = tqdm(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),
-               unit="pair", dynamic_ncols=True)
+    progress = bar(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),
+                   unit="pair")
     for first, n in todo:
         indices = range(first, first + n)
         x_T = data.noise(tuple(same["latent_shape"]), args.seed, 0, "x_T", indices)
         w = low + (high - low) * data.uniform(args.seed, 0, "w", indices)
         captions = [prompts[i % len(prompts)] for i in indices]
-        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, captions, args.batch, dtype, bar,
+        x_0 = solve_shard(F_phi, text, c_null, tn, x_T, w, captions, args.batch, dtype, progress,
                           args.sequence_parallel)
         if is_main():
             bad = [i for i, x in zip(indices, x_0) if not x.isfinite().all()]
@@ -134,7 +135,7 @@ def main(args):
             entry = shards.write_shard(args.out, first, x_T.to(dtype), x_0, w, captions)
             shards.add_shard(args.out, manifest, entry)
             shards.sweep_shards(args.out, manifest)
-    bar.close()
+    progress.close()
     print0(shards.Pairs(args.out, manifest))
 
 

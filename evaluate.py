@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import avg_pool2d
-from tqdm import tqdm
 
 from models.checkpoint import InputError, replacing, some
 from models.eval import metrics, prompt_sets
 from models.eval.metrics import Folder, Item, mean, score_items
 from models.job import flags
+from models.job.folder import check_out
 from models.pictures import PICTURES, VIDEOS, read_mp4, read_picture, rgb
+from models.progress import bar
 
 METRICS = ("clip", "pickscore", "hpsv2", "mps", "lpips", "fvd", "clip-video", "vbench", "shapes")
 
@@ -66,6 +67,7 @@ def parse_args(argv=None):
         help="*_eval_results.json files, or their folder")
     add("--vbench-short", type=Path, metavar="FILE",
         help="VBench's prompt for each line of --prompts, where the videos were sampled with longer ones")
+    add("--version", action="version", version=flags.VERSION)
     return parser.parse_args(argv)
 
 
@@ -184,7 +186,7 @@ def exact(args):
     def measure(folder: Folder) -> dict[str, float]:
         video = any(item.path.suffix.lower() in VIDEOS for item in folder.items)
         samples, prompts = [], []
-        for item in tqdm(folder.of(VIDEOS if video else PICTURES), desc="shapes", unit="item"):
+        for item in bar(folder.of(VIDEOS if video else PICTURES), label="shapes", unit="item"):
             try:
                 sample = read_mp4(item.path) if video else rgb(read_picture(item.path))
             except InputError as error:
@@ -212,7 +214,10 @@ LOADERS = {"lpips": diversity, "fvd": video_distance, "vbench": video_bench, "sh
 # ---- the table ---------------------------------------------------------------------------------------------
 
 def main(args):
-    flags.at_least_1(args, ("batch", "frames", "stride"))
+    flags.check_numbers(args)
+    if args.frames < 1:
+        raise InputError(f"--frames {args.frames}: expected at least 1")
+    check_out(args.out)
     if args.vbench_results and len(args.images) > 1:
         raise InputError("--vbench-results are those of one set of videos; expected one folder of --images")
     prompts = prompt_sets.prompt_set(args.prompts) if args.prompts else None

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from models import lora
 from models.checkpoint import InputError, open_tensors
@@ -23,10 +22,12 @@ from models.diffusion import Denoiser, generator_times, teacher_times
 from models.eval.prompt_sets import SETS, prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, source
+from models.job.folder import check_out
 from models.job.notes import export_notes, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
 from models.presets import PRESETS
+from models.progress import bar
 
 
 def parse_args(argv=None):
@@ -116,7 +117,7 @@ def main(args):
                          "that one or no --model")
     args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
     preset = flags.resolve_model(args)
-    flags.at_least_1(args, ("count", "steps", "batch"))
+    check_out(args.out)
     metadata = export_notes(source(args, preset)) | notes
     student = "dmdx.steps" in metadata
     steps = args.steps or int(metadata.get("dmdx.steps", preset.teacher_steps))
@@ -135,6 +136,10 @@ def main(args):
     family = FAMILIES[preset.family]
     preset = preset._replace(predicts=metadata.get("dmdx.predicts", preset.predicts),
                              schedule=metadata.get("dmdx.schedule", preset.schedule))
+    print0(f"loading {settings['ckpt']}")
+    for path in (args.ckpt, args.motion_ckpt, args.lora) if is_main() else ():
+        if path and path.is_file():
+            networks.check_export(path)
     net = networks.load_network(args, preset, mesh, device)
     if args.lora:
         lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net, family.names), args.lora_scale)
@@ -144,7 +149,7 @@ def main(args):
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
     shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at
     block = args.batch * dist.get_world_size() // args.sequence_parallel
-    for first in tqdm(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):
+    for first in bar(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):
         part = prompts[first:first + block]
         images = sampling.generate(F, text, vae, part, tn, shape, args.seed, None if cfg == 1 else cfg,
                                    args.batch, preset.decode_batch, args.sequence_parallel,

@@ -1,24 +1,23 @@
-"""Checkpoint files: finding them, reading tensors or only rows of tensors, strict loading, saving.
+"""Checkpoint files: finding them, reading tensors or only rows of tensors, strict loading.
 
 Nothing is read before it is asked for: opening a 16 GB file reads its header. Whatever the user can mend is
 an InputError of one sentence: which file, the first few names, what was expected.
 """
 import math
-import os
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.parse import InputError, parse_json, read_header, some
+from models.saving import replacing, save_safetensors
 
+__all__ = ["InputError", "replacing", "save_safetensors", "some"]  # of other files, for those who import them from here
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -269,38 +268,6 @@ def load(net: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32,
         value = value.to(dtype) if value.is_floating_point() else value
         filled[p] = nn.Parameter(value, p.requires_grad) if isinstance(p, nn.Parameter) else value
     net.load_state_dict({name: filled[p] for name, p in weights.items()}, assign=True)
-
-
-# ---- saving ------------------------------------------------------------------------------------------------
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to. It takes the place of `path` when the block ends and is
-    removed when the block fails, so that nobody, killed or reading, ever meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
-                     metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file, replacing `path` only when it is whole."""
-    whole, memory = {}, set()
-    for name, t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory, as tied weights and slices do.
-        whole[name] = t.clone() if t.untyped_storage().data_ptr() in memory else t
-        memory.add(t.untyped_storage().data_ptr())
-    with replacing(path) as temporary:
-        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone
 
 
 # ---- finding -----------------------------------------------------------------------------------------------

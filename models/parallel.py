@@ -51,7 +51,8 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
         # gloo serves the CPU tensors of --offload beside nccl.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
                                 rank=int(os.environ["RANK"]), world_size=world)
-    shard_ranks = shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if shard_ranks is None:
+        shard_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if shard_ranks < 1 or dist.get_world_size() % shard_ranks:
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
     shape = (dist.get_world_size() // shard_ranks, shard_ranks)

@@ -77,15 +77,20 @@ def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128, 
 def save_mp4(path: str | Path, frames: list["Image.Image"], fps: int,
              text: dict[str, str] | None = None) -> None:
     """H.264 in MP4 through PyAV, with the index in front, as players in browsers want it; `text` becomes its
-    comment. An odd last line or column, which H.264's usual pixel format lacks, is cut off."""
+    comment. An odd last line or column, which H.264's usual pixel format lacks, is cut off. Where FFmpeg was
+    built without libx264, its MPEG-4 Part 2 at a high rate."""
     import av
     with replacing(path) as temporary, av.open(temporary, "w", format="mp4",
                                                options={"movflags": "faststart"}) as file:
         if text:
             file.metadata["comment"] = json.dumps(text)
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "17"})
+        x264 = "libx264" in av.codecs_available
+        options = {"crf": "17"} if x264 else {}
+        stream = file.add_stream("libx264" if x264 else "mpeg4", rate=fps, options=options)
         stream.width, stream.height = (side // 2 * 2 for side in frames[0].size)
         stream.pix_fmt = "yuv420p"
+        if not x264:
+            stream.bit_rate = 8 * stream.width * stream.height * fps  # 8 bits a pixel
         for frame in frames:
             image = frame.crop((0, 0, stream.width, stream.height))
             file.mux(stream.encode(av.VideoFrame.from_image(image)))

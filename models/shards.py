@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.checkpoint import (
     TORCH_SUFFIXES,
@@ -27,6 +26,7 @@ from models.checkpoint import (
     some,
 )
 from models.parse import parse_json, short
+from models.progress import bar
 
 
 class Kind(NamedTuple):
@@ -173,7 +173,7 @@ def sweep_shards(folder: Path, manifest: dict) -> None:
 def verify_shards(folder: Path, kind: str) -> None:
     """Check every byte. Damaged shards leave the manifest, so that the next run makes them again."""
     manifest = read_manifest(folder, kind)
-    faults = {entry["file"]: fault for entry in tqdm(manifest["shards"], unit="shard", dynamic_ncols=True)
+    faults = {entry["file"]: fault for entry in bar(manifest["shards"], unit="shard")
               if (fault := shard_fault(folder, manifest, entry))}
     manifest["shards"] = [entry for entry in manifest["shards"] if entry["file"] not in faults]
     whole = sum(entry["count"] for entry in manifest["shards"])

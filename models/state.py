@@ -18,17 +18,21 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checkpoint import InputError
 from models.parallel import barrier, is_main, local_rows
+from models.saving import WriteError
 
 COUNTERS = ("gen_iter", "global_iter", "skipped")  # of progress.json
+SUMMED = (".metadata", "progress.json")  # the files of a state without a checksum of their own
 # Module -> what a plan names in it, when torch 2.11 to 2.13 wrote it.
 NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -61,23 +65,33 @@ def named_tensors(roles: Roles) -> dict[str, Tensor]:
 def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, int], keep: int = 2) -> Path:
     """Write the trained weights, their optimizer state and `progress`, which holds the COUNTERS, to
     folder/iter_XXXXXXXX through a temporary name: a folder without `.tmp` is complete. The `keep` newest
-    states are kept."""
+    states are kept. Raises WriteError, and leaves the states that are there, when it cannot be written."""
     final, tensors = folder / f"iter_{iteration:08d}", named_tensors(roles)
     # `load_state` reads the elements alone, and could not tell another dtype or another order in memory.
     assert all(t.dtype == torch.float32 and local_rows(t)[0].is_contiguous() for t in tensors.values())
     temporary = final.with_suffix(".tmp")
-    if is_main():
-        for unfinished in folder.glob("iter_*.tmp"):  # of killed runs
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-    barrier()
-    dcp.save(tensors, checkpoint_id=temporary)
-    if is_main():
-        (temporary / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in complete_states(folder)[:-keep]:
-            shutil.rmtree(old)
+    try:
+        if is_main():
+            for unfinished in folder.glob("iter_*.tmp"):  # of killed runs
+                shutil.rmtree(unfinished)
+            temporary.mkdir(parents=True)
+        barrier()
+        dcp.save(tensors, checkpoint_id=temporary)
+        if is_main():
+            (temporary / "progress.json").write_text(json.dumps(progress))
+            sums = {name: sha256((temporary / name).read_bytes()).hexdigest() for name in SUMMED}
+            (temporary / "sha256.json").write_text(json.dumps(sums))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in complete_states(folder)[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, CheckpointException) as error:
+        free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = [fault for fault, _ in getattr(error, "failures", {}).values()]
+        raise WriteError(f"{final} ({reason(failures[0] if failures else error)}; "
+                         f"{free:.3g} GB were free)") from error
     barrier()
     return final
 
@@ -202,6 +216,20 @@ def load_state(path: Path, roles: Roles) -> dict[str, int]:
         raise InputError(f"{path}: not a state of this model and these flags, or damaged "
                          f"({reason(error)})") from error
     return progress
+
+
+def check_sums(path: Path) -> None:
+    """Raises InputError if the small files of a state are not as they were written; states of older versions
+    hold no checksums. `load_state` compares the CRC-32 of every tensor that it reads."""
+    try:
+        sums = json.loads((path / "sha256.json").read_bytes())
+        damaged = [name for name in SUMMED if sha256((path / name).read_bytes()).hexdigest() != sums[name]]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path / 'sha256.json'}: damaged ({reason(error)})") from error
+    if damaged:
+        raise InputError(f"{path / damaged[0]}: damaged, its sha256 is another than when it was written")
 
 
 def reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import collect_odes
-from models import checkpoint, data, shards
+from models import checkpoint, data, saving, shards
 from models.job import networks
 from models.checkpoint import InputError
 from models.data import noise, uniform
@@ -166,7 +166,7 @@ def test_stopped_before_each_write(tmp_path, monkeypatch, finished, writes):
             raise KeyboardInterrupt
         replace(a, b)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", stop)
+        patch.setattr(saving.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             collect(tmp_path / "out", "--count", 16)
     # SIGKILL leaves half files, an exception does not.
@@ -174,7 +174,7 @@ def test_stopped_before_each_write(tmp_path, monkeypatch, finished, writes):
         (tmp_path / "out" / f"{name}.tmp").write_bytes(b"half a fi")
     collect(tmp_path / "out", "--count", 16)
     shards = ["pairs_00000000-00000007.safetensors", "pairs_00000008-00000015.safetensors"]
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json", *shards]
+    assert sorted(contents(tmp_path / "out")) == ["lock", "manifest.json", *shards]
     assert all(contents(tmp_path / "out")[name] == contents(finished)[name] for name in shards)
     assert len(open_pairs(tmp_path / "out", MODEL, SHAPE)) == 16
 
@@ -263,7 +263,7 @@ def test_a_teacher_that_overflows_leaves_no_pair(tmp_path, monkeypatch):
     large = torch.tensor([1, 1, 1e6, 1]).view(4, 1, 1, 1)
     monkeypatch.setattr(collect_odes, "solve", lambda F, x_T, *_: large.expand_as(x_T))
     assert "x_0 of pair 2 is not finite" in refused(tmp_path / "out", "--count", 4, "--dtype", "fp16")
-    assert sorted(contents(tmp_path / "out")) == ["manifest.json"]
+    assert sorted(contents(tmp_path / "out")) == ["lock", "manifest.json"]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

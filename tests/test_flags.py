@@ -20,7 +20,7 @@ def flags_of(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: parser)
         parser = SCRIPTS[name].parse_args([])
-    return [action for action in parser._actions if action.dest != "help"]
+    return [action for action in parser._actions if action.dest not in ("help", "version")]
 
 
 def help_of(name, capsys):

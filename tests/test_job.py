@@ -14,6 +14,7 @@ import test_checkpoint as hub
 import torch
 from conftest import ROOT, golden, refusal_of
 from PIL import Image
+from tqdm import tqdm
 
 import adm
 import sample
@@ -21,7 +22,8 @@ from models.job import job as job_module
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import noise, uniform
 from models.diffusion import Denoiser, solve, teacher_times
-from models.job.flags import resolve, run_folder
+from models.job.flags import resolve
+from models.job.folder import run_folder
 from models.job.log import Log, health
 from models.job.networks import load_network, load_text, load_vae
 from models.job.sampling import deviations
@@ -90,8 +92,8 @@ def test_run_folders_are_numbered(tmp_path, monkeypatch):
     assert folder("--resume") == runs / "adm-tiny-sd3-000"  # the newest that can be continued
     assert folder("--model", "sd3-medium") == runs / "adm-sd3-medium-021"
     assert folder("--out", "x") == folder("--out", "x", "--resume") == job_module.Path("x")
-    with pytest.raises(InputError, match="no runs/adm-sd3-medium-NNN holds a complete state; pass --out"):
-        folder("--model", "sd3-medium", "--resume")
+    assert folder("--model", "sd3-medium", "--resume") == runs / "adm-sd3-medium-020"  # killed before its first state
+    assert folder("--model", "sdxl", "--resume") == runs / "adm-sdxl-000"
 
 
 def test_a_named_state_continues_the_run_that_saved_it(tmp_path, monkeypatch):
@@ -155,12 +157,33 @@ def test_resume_says_which_flags_changed(copy, capsys):
     assert "changed since this run was last started: --save-every 500 (was 1), --steps 2 (was 1)\n" in capsys.readouterr().out
 
 
-def test_resume_without_a_state(tmp_path):
-    assert refusal(*SMALL, "--resume", "--out", tmp_path / "run") == f"--resume: {tmp_path / 'run'} holds no complete state"
-    (tmp_path / "run" / "state" / "iter_00000001.tmp").mkdir(parents=True)
-    assert "no complete state" in refusal(*SMALL, "--resume", "--out", tmp_path / "run")
+def test_resume_starts_where_no_state_is_complete(tmp_path, finished, capsys):
+    """The command of every requeue is that of the first launch."""
+    out = tmp_path / "run"
+    for _ in range(2):
+        train(*SMALL, "--max-iter", 2, "--save-every", 1, "--resume", "--out", out)
+        assert f"--resume: {out} holds no complete state, so the run starts there\n" in capsys.readouterr().out
+        assert [row["loss_tau"] for row in rows(out)] == [row["loss_tau"] for row in rows(finished)]
+        for path in out.glob("generator*"):
+            path.unlink()
+        shutil.rmtree(out / "state")
+        (out / "state" / "iter_00000001.tmp").mkdir(parents=True)  # killed while it saved its first
+
+
+def test_resume_does_not_start_where_a_run_has_ended(copy):
+    shutil.rmtree(copy / "state")
+    before = contents(copy)
+    assert refusal(*SMALL, "--max-iter", 2, "--resume", "--out", copy) == (
+        f"--resume: {copy} holds no complete state but generator_lora.safetensors of a run that has ended; "
+        "expected another --out")
+    assert contents(copy) == before
+
+
+def test_a_named_state_that_is_not_there(tmp_path):
     state = tmp_path / "run" / "state" / "iter_00000007"
-    assert str(state) in refusal(*SMALL, "--resume", state)
+    assert refusal(*SMALL, "--resume", state, "--out", tmp_path / "run") == (
+        f"--resume {state}: no such folder; expected a saved state, RUN/state/iter_XXXXXXXX")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -175,16 +198,28 @@ def test_a_state_of_other_flags_is_refused(finished, capsys, flags, words):
 
 
 @pytest.mark.parametrize("left", [0.5, 0.999, 0], ids=["half", "end", "all"])
-def test_a_damaged_state_is_refused_and_the_one_before_it_is_not(copy, left):
+def test_a_damaged_state_is_refused_and_the_one_before_it_is_taken(copy, finished, capsys, left):
     path, = (copy / "state" / "iter_00000002").glob("*.distcp")
     os.truncate(path, int(left * path.stat().st_size))
     before = contents(copy)
-    message = refusal(*SMALL, "--max-iter", 3, "--resume", "--out", copy)
+    message = refusal(*SMALL, "--max-iter", 2, "--resume", path.parent)
     assert message.startswith(f"{path.parent}: not a state of this model and these flags, or damaged (")
     assert contents(copy) == before
-    if left == 0.5:
-        train(*SMALL, "--max-iter", 2, "--resume", copy / "state" / "iter_00000001")
-        assert [row["global_iter"] for row in rows(copy)] == [1, 2]
+    capsys.readouterr()
+    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy)
+    older = copy / "state" / "iter_00000001"
+    assert f"note: {message}; {older}, the state before it, is taken instead\nresumed {older}: generator update 1\n" in (
+        capsys.readouterr().out)
+    assert [row["loss_tau"] for row in rows(copy)] == [row["loss_tau"] for row in rows(finished)]
+    assert sorted(path.name for path in (copy / "state").iterdir()) == ["iter_00000001", "iter_00000002"]
+
+
+def test_wrong_counters_are_found(copy, capsys):
+    path = copy / "state" / "iter_00000002" / "progress.json"
+    path.write_text(path.read_text().replace('"gen_iter": 2', '"gen_iter": 3'))  # one bit
+    train(*SMALL, "--max-iter", 2, "--resume", "--out", copy)
+    assert f"note: {path}: damaged, its sha256 is another than when it was written; " in capsys.readouterr().out
+    assert [row["gen_iter"] for row in rows(copy)] == [1, 2]
 
 
 # ---- flags and prompts --------------------------------------------------------------------------------------------
@@ -195,8 +230,8 @@ def test_a_damaged_state_is_refused_and_the_one_before_it_is_not(copy, left):
     (["--steps", 0], "--steps 0: expected at least 1"), (["--max-iter", 0], "--max-iter 0: expected at least 1"),
     (["--ttur", 0], "--ttur 0: expected at least 1"), (["--save-every", 0], "--save-every 0: expected at least 1"),
     (["--sample-every", 0], "--sample-every 0: expected at least 1"), (["--evaluate", 1], "--evaluate 1: expected 0 or at least 2"),
-    (["--evaluate", -1], "--evaluate -1"), (["--lora-rank", -1], "LoRA of rank -1"),
-    (["--fake-lora", -1], "LoRA of rank -1"),
+    (["--evaluate", -1], "--evaluate -1"), (["--lora-rank", -1], "--lora-rank -1: expected at least 0"),
+    (["--fake-lora", -1], "--fake-lora -1: expected at least 0"),
     (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 1 processes"), (["--shard-ranks", -1], "--shard-ranks -1"),
     (["--size", 32, 30], "--size 32 30: tiny-sd3 takes multiples of 8 up to 64"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
@@ -304,9 +339,9 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
 def test_a_refusal_on_two_ranks_ends_at_once(tmp_path):
     """After both ranks have met in collectives. torchrun exits with 1 and tells its own story; ours is the sentence."""
     result = process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "adm.py", *SMALL, "--resume",
-                     "--out", tmp_path / "run")
+                     tmp_path / "absent", "--out", tmp_path / "run")
     assert result.returncode == 1
-    assert 1 <= result.stderr.count(f"adm.py: --resume: {tmp_path / 'run'} holds no complete state\n") <= 2
+    assert 1 <= result.stderr.count(f"adm.py: --resume {tmp_path / 'absent'}: no such folder; expected a saved state") <= 2
     assert f'{ROOT / "adm.py"}", line' not in result.stderr and "models/job/job.py" not in result.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()
 
@@ -420,7 +455,7 @@ def test_diagnostics_by_hand():
 def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     """Job.end on a log of fixed values; the bar keeps the line apart from itself."""
     lines = []
-    monkeypatch.setattr(job_module.tqdm, "write", lambda self, line: lines.append(line))
+    monkeypatch.setattr(tqdm, "write", lambda self, line: lines.append(line))
     monkeypatch.setattr(job_module, "save_state", lambda *args: None)
     _, mesh = init_distributed()
     args = adm.parse_args(["--random-weights", "--out", str(tmp_path / "run"), "--max-iter", "250"])

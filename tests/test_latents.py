@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_videos import make, refused, table
 
-from models import checkpoint
+from models import saving
 from models.data import noise
 from models.job import latents
 from models.parallel import init_distributed
@@ -71,12 +71,12 @@ def test_latents_stopped_before_each_write(folder, vae, tmp_path, monkeypatch, w
         replace(a, b)
     encode = partial(latents.encode_clips, vae, Clips(folder, size=(8, 8)), "m", count=4, shard_size=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.os, "replace", stop)
+        patch.setattr(saving.os, "replace", stop)
         encode(folder=tmp_path / "a")
     (tmp_path / "a" / "latents_00000002-00000003.safetensors.tmp").write_bytes(b"half a fi")
     encode(folder=tmp_path / "a")
     encode(folder=tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 3
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 4  # the lock too
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):

@@ -331,7 +331,7 @@ def test_resume_runs_nothing_and_says_why(tmp_path, mark):
     state, = complete_states(tmp_path / "run" / "state")
     shutil.copy(state / ".metadata", tmp_path)
     (state / ".metadata").write_bytes(PAYLOADS["system"][0](f"touch {mark}"))
-    before = "(psi|theta|tau): .*"  # what is trained, printed before the state is read
+    before = "loading tiny-sd3\n(psi|theta|tau): .*"  # what is trained, printed before the state is read
     message = refusal_of("adm.py", *flags, "--resume", printed=before)
     assert message == (f"adm.py: {state / '.metadata'}: refused or damaged (it asks for 'posix.system'); "
                        "expected the plan of a saved state, which names nothing but tensors\n")

@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from models.checkpoint import InputError, replacing, some
 from models.parse import parse_json
 from models.data import append_jsonl, lines_of
 from models.pictures import PICTURES, VIDEOS, picture, read_text
+from models.progress import bar
 
 GENERATOR = ("model", "ckpt", "steps", "cfg")  # what sample.py notes that is one of a folder's samples
 # The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
@@ -185,8 +185,8 @@ def score_items(folder: Folder, head: dict[str, str], groups: list[list[Item]],
                 return [None]
             return [score for i, one in zip(part, loaded) for score in scores([i], [one])]
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(groups), initial=len(groups) - len(todo), unit="item",
-                                            desc=head["metric"], dynamic_ncols=True) as bar:
+    with ThreadPoolExecutor() as pool, bar(total=len(groups), initial=len(groups) - len(todo), unit="item",
+                                           label=head["metric"]) as progress:
         for start in range(0, len(todo), batch):
             part = todo[start:start + batch]
             data = pool.map(attempt, [item for i in part for item in groups[i]])
@@ -202,7 +202,7 @@ def score_items(folder: Folder, head: dict[str, str], groups: list[list[Item]],
                 kept[keys[i]] = value
                 if len(loaded[i]) == len(groups[i]):  # else the next run tells again what is broken
                     append_jsonl(folder.log, rows[i] | dict(score=value))
-            bar.update(len(part))
+            progress.update(len(part))
     return [kept.get(key) for key in keys]
 
 

@@ -1,5 +1,7 @@
-"""Flags of the scripts, the preset's values for those left out, the run folder, and how a script ends."""
+"""Flags of the scripts, which values they take, the preset's for those left out, and how a script ends."""
 import argparse
+import errno
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -8,14 +10,32 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from models import __version__
 from models.checkpoint import InputError
 from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
 from models.job.networks import DTYPES
 from models.parallel import barrier
 from models.presets import PRESETS, Preset
+from models.progress import end_bars
+from models.saving import WriteError
 from models.sequence import check_heads
-from models.state import complete_states
+
+# What a user can mend: a disk that is full or read-only, and what must not be written.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+              errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+VERSION = f"DMDX and AVDM2 {__version__}, PyTorch {torch.__version__}"
+COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-1000, 1000)
+# Flag -> the smallest and the largest value that anybody could mean.
+LIMITS = {
+    "batch": COUNT, "batch_size": COUNT, "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
+    "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK, "frames_sdm": COUNT,
+    "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
+    "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT, "micro_batch": COUNT,
+    "mps_threshold": SHARE, "profile": COUNT, "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
+    "sequence_parallel": COUNT, "shard_size": COUNT, "size": (1, 10 ** 5), "steps": (1, 1000), "stride": COUNT,
+    "ttur": COUNT, "warmup": COUNT, "workers": (1, 1000),
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -55,6 +75,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--context-parallel", type=int, metavar="K",
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those who only sample
     return parser
 
@@ -120,6 +141,7 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     sequence-parallel ranks that the model cannot take."""
     preset = PRESETS[args.model]
     family = FAMILIES[preset.family]
+    check_numbers(args)
     for name, absent in (("no_t5", (False,)), ("motion_ckpt", (None,)), ("null_prompt", (None,)),
                          ("sequence_parallel", (1,)), ("context_parallel", (None, 1))):
         value = getattr(args, name)
@@ -132,7 +154,6 @@ def resolve_model(args: argparse.Namespace) -> Preset:
         args.null_prompt = args.null_prompt or "zeros"
     if args.context_parallel is None:
         args.context_parallel = args.sequence_parallel
-    at_least_1(args, ("sequence_parallel", "context_parallel"))
     if args.sequence_parallel % args.context_parallel:
         raise InputError(f"--context-parallel {args.context_parallel}: expected a divisor of "
                          f"--sequence-parallel {args.sequence_parallel}, whose ranks hold the same video")
@@ -163,11 +184,22 @@ def check_frames(args: argparse.Namespace, preset: Preset, family: Family) -> No
                          f"{', '.join(map(str, works))}, ...; its own are {preset.frames}")
 
 
-def at_least_1(args: argparse.Namespace, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises InputError for a number that is not finite or outside of LIMITS, and for a range the wrong way
+    round."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        numbers = [v for v in values if isinstance(v, int | float)]
+        least, most = LIMITS.get(name, (-math.inf, math.inf))
+        words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        given = f"--{name.replace('_', '-')} {' '.join(words)}"
+        if any(not math.isfinite(v) or v > most for v in numbers):
+            limit = f", at most {most:g}" * (most < math.inf)
+            raise InputError(f"{given}: expected a finite number{limit}")
+        if any(v < least for v in numbers):
+            raise InputError(f"{given}: expected at least {least:g}")
+        if name == "cfg" and numbers != sorted(numbers):
+            raise InputError(f"{given}: expected the lower scale first")
 
 
 def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
@@ -191,7 +223,6 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if adapters and FAMILIES[preset.family].names is None:
         raise InputError(f"--model {args.model}: adapters are for the SD3 family; expected --lora-rank 0 "
                          "and no --fake-lora")
-    at_least_1(args, ("steps", "max_iter", "batch_size", "micro_batch", "ttur", "save_every", "sample_every"))
     procedural = bool(preset.data)
     if args.evaluate < 0 or procedural and args.evaluate == 1:
         raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + procedural}")
@@ -224,38 +255,25 @@ def read_training_prompts(args: argparse.Namespace, preset: Preset) -> list[str]
     return prompts
 
 
-def run_folder(args: argparse.Namespace, script: str) -> Path:
-    """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
-    runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
-    if args.out is not None:
-        if (args.out / "config.json").exists() and not args.resume:
-            raise InputError(f"{args.out} already holds a run: pass --resume to continue it or another --out")
-    elif args.resume == "newest":
-        runs = [run for run in runs if complete_states(run / "state")]
-        if not runs:
-            raise InputError(f"--resume: no runs/{script}-{args.model}-NNN holds a complete state; "
-                             "pass --out")
-        args.out = runs[-1]
-    elif args.resume:
-        args.out = Path(args.resume).resolve().parent.parent
-        if not (args.out / "config.json").exists():
-            raise InputError(f"--resume {args.resume}: not inside a run folder; "
-                             "pass the folder to continue in as --out")
-    else:
-        args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
-    holder = [args.out]
-    dist.broadcast_object_list(holder)
-    return holder[0]
-
-
 def entry(script: str, parse_args: Callable, main: Callable) -> None:
     """Run the script of file `script`: what the user can mend is one sentence on stderr and exit code 2."""
-    args = parse_args()
+    args, code = parse_args(), 2
     try:
         main(args)
-    except InputError as error:
-        print(f"{Path(script).name}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may be waiting in a collective: an orderly exit would wait for them
+        message = None
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except (InputError, WriteError) as error:
+        message = "could not write " * isinstance(error, WriteError) + str(error)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        message = f"{error.filename or 'could not write'}: {error.strerror}"
+    if message is not None:
+        end_bars()
+        sys.stdout.flush()
+        print(f"{Path(script).name}: {message}", file=sys.stderr, flush=True)
+        os._exit(code)  # other ranks may be waiting in a collective: an orderly exit would wait for them
     if dist.is_initialized():
         barrier()  # the others wait for rank 0's last files
         dist.destroy_process_group()

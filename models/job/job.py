@@ -8,10 +8,9 @@ used: a training run seldom needs them, and they take seconds.
 import argparse
 import importlib.util
 import json
+import os
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict, deque
@@ -21,24 +20,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from tqdm import tqdm
 
 from models import data
-from models.checkpoint import InputError, replacing
+from models.checkpoint import InputError
 from models.diffusion import Denoiser, generator_times, teacher_times
 from models.job.families import FAMILIES
-from models.job.flags import exact, read_training_prompts, run_folder
+from models.job.flags import exact, read_training_prompts
+from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
 from models.job.networks import export, latent_shape, load_text, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
-from models.job.notes import run_settings
 from models.job.sampling import deviations, generate
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
-from models.state import complete_states, load_state, save_state
+from models.progress import bar
+from models.state import save_state
 from models.text import Cond
 
 MAX_BAD = 10  # non-finite iterations in a row before a run stops
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of schedulers, Ctrl-C, a closed terminal
 
 
 class Job:
@@ -70,6 +70,7 @@ class Job:
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
             open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
+            print0(f"loading {args.model}")
             self.text, self.vae = load_text(args, preset, mesh, device), load_vae(args, preset, device)
             self.c_null = self.text.unconditional()
             few = self.prompts[:200]  # all of a large file would take minutes
@@ -124,60 +125,38 @@ class Job:
         if bool(rank) != bool(usual) and args.lr_theta == self.preset.lr_theta:
             print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {usual}, "
                    f"not for {rank}")
-        if args.resume:
-            states = complete_states(self.out / "state")
-            path = Path(args.resume) if args.resume != "newest" else states[-1] if states else None
-            if path is None:
-                raise InputError(f"--resume: {self.out} holds no complete state")
-            self.say_what_changed(path.resolve().parent.parent)
-            progress = load_state(path, roles)
+        main = is_main() and not args.profile
+        if main:
+            with writing(self.out):
+                hold(self.out)
+            if not args.resume:
+                check_unused(self.out)  # another run may have taken it while this one has loaded
+        if args.resume and (progress := resume(args, self.out, roles)):
             self.gen_iter, self.global_iter = progress["gen_iter"], progress["global_iter"]
             self.skipped = progress["skipped"]
-            print0(f"resumed {path}: generator update {self.gen_iter}")
-        if is_main() and not args.profile:
-            try:
-                unused = not (self.out / "config.json").exists()
-                self.out.mkdir(parents=True, exist_ok=bool(args.resume) or unused)
-            except FileExistsError:
-                raise InputError(f"{self.out}: another run has taken this folder meanwhile; "
-                                 "start again") from None
-            # Resuming from an older state: later states and their metrics are deleted.
-            for state in complete_states(self.out / "state"):
-                if int(state.name[5:]) > self.global_iter:
-                    shutil.rmtree(state)
-            data.truncate_jsonl(self.out / "metrics.jsonl", "global_iter", self.global_iter)
-            data.truncate_jsonl(self.out / "evaluation.jsonl", "gen_iter", self.gen_iter)
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                 text=True).stdout.strip()
-            config = dict(args=vars(args), preset=self.preset._asdict(), argv=sys.argv, git=git,
-                          torch=torch.__version__, world_size=dist.get_world_size())
-            with replacing(self.out / "config.json") as temporary:
-                temporary.write_text(json.dumps(config, indent=1, default=str))
+        if main:
+            with writing(self.out):
+                open_folder(args, self.preset, self.out, self.gen_iter, self.global_iter)
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.out)
-        self.bar = tqdm(total=args.max_iter, initial=self.gen_iter, disable=not is_main(), unit="it",
-                        dynamic_ncols=True)
-        self.stop = False
-        signal.signal(signal.SIGTERM, self._request_stop)
+                with noted("TensorBoard's files"):
+                    self.board = SummaryWriter(self.out, purge_step=self.global_iter + 1)
+        self.bar = bar(total=args.max_iter, initial=self.gen_iter, disable=not is_main())
+        self.stop, self.asked = False, 0.0
+        self.handlers = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS
+                         if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
 
-    def say_what_changed(self, started: Path) -> None:
-        """A flag forgotten on the command line of --resume would otherwise change the run unnoticed. Raises
-        InputError for another --init than that of the run in the folder `started`."""
-        before = run_settings(started)
-        now = json.loads(json.dumps(vars(self.args), default=str))
-        changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
-                   if name not in ("out", "resume", "max_iter", "prompts_digest")
-                   and now.get(name, value) != value]
-        changed += ["prompts"] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
-        if before and before.get("init") != now.get("init"):  # the state does not tell what the network predicts
-            raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this "
-                             "run was started")
-        if changed:
-            print0(f"changed since this run was last started: {', '.join(changed)}")
-
-    def _request_stop(self, *_) -> None:
-        self.stop = True
+    def _request_stop(self, number: int, _) -> None:
+        """Have the loop finish its update, save and end. A second signal ends the process at once, but one
+        within a second is the first again: a scheduler sends it, and torchrun passes it on."""
+        if self.stop and time.monotonic() - self.asked > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.stop:
+            self.stop, self.asked = True, time.monotonic()
+            line = f"{signal.Signals(number).name}: finishing this update; a second signal ends at once\n"
+            if is_main():  # not by print, which may be at work at this moment
+                os.write(2, ("\n" * sys.stderr.isatty() + line).encode())
 
     def watch(self, **roles: Denoiser) -> None:
         """F_phi's samples are what `health` compares the generator's with. With --profile, count the samples
@@ -225,17 +204,18 @@ class Job:
             faults = [None] * dist.get_world_size()
             dist.all_gather_object(faults, self.faults)
             if is_main() and not args.profile:
-                (self.out / "bad_videos.txt").write_text("\n".join(sorted(set(sum(faults, [])))[:20]) + "\n")
+                with noted("bad_videos.txt"):
+                    text = "\n".join(sorted(set(sum(faults, [])))[:20]) + "\n"
+                    (self.out / "bad_videos.txt").write_text(text)
         if is_main() and not args.profile:
-            data.append_jsonl(self.out / "metrics.jsonl", log.record)
-            for name, value in log.record.items() if self.board else ():
-                known = [v for v in value if v is not None] if isinstance(value, list) else [value]
-                self.board.add_scalar(name, sum(known) / len(known), self.global_iter)
+            with writing(self.out):
+                data.append_jsonl(self.out / "metrics.jsonl", log.record)
+            self.mirror(log.record)
         if due:
             self.history.append(log.record)
-            self.bar.update()
             self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.record.items()
-                                              if key.startswith("loss_")))
+                                              if key.startswith("loss_")), refresh=False)
+            self.bar.update()
             if gen_iter % 100 == 0:
                 if self.teacher_std is None and self.text is not None and args.evaluate:
                     self.teacher_std = deviations(self.F_phi, self.text, self.known_prompts()[:64], args,
@@ -246,11 +226,21 @@ class Job:
         due = due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)
         if not args.profile and (stop or due):
             progress = dict(gen_iter=gen_iter, global_iter=self.global_iter, skipped=self.skipped)
-            save_state(self.out / "state", self.global_iter, self.roles, progress)
+            with writing(self.out):
+                save_state(self.out / "state", self.global_iter, self.roles, progress)
         if self.bad >= MAX_BAD:
             raise InputError(f"{MAX_BAD} iterations in a row had a non-finite loss or gradient; "
                              f"state saved in {self.out / 'state'}")
         return stop
+
+    def mirror(self, record: dict) -> None:
+        """The figures in TensorBoard, of a list its mean; no more of them after a failure."""
+        board, self.board = self.board, None
+        with noted("TensorBoard's files"):
+            for name, value in record.items() if board else ():
+                known = [v for v in value if v is not None] if isinstance(value, list) else [value]
+                board.add_scalar(name, sum(known) / len(known), self.global_iter)
+            self.board = board
 
     # ---- pictures, export, closing comparison
 
@@ -265,8 +255,9 @@ class Job:
         args = self.args
         if self.text is not None and self.gen_iter % args.sample_every == 0:
             images = self.sample(G_theta, list(self.preset.sample_prompts), tn, student_cfg(args))
-            if is_main():
-                save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=self.fps)
+            with noted(f"a sample of update {self.gen_iter}"):
+                if is_main():
+                    save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=self.fps)
 
         if self.text is not None and args.evaluate_every and self.gen_iter % args.evaluate_every == 0:
             prompts = self.known_prompts()
@@ -274,10 +265,10 @@ class Job:
             if is_main():
                 from models.eval.metrics import quick_scores
                 figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers)
-                data.append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
+                with writing(self.out):
+                    data.append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
                 self.bar.write(f"{self.gen_iter}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-                for name, value in figures.items() if self.board else ():
-                    self.board.add_scalar(name, value, self.global_iter)
+                self.mirror(figures)
             barrier()  # the others wait for the scores
 
     def known_prompts(self) -> list[str]:
@@ -291,15 +282,20 @@ class Job:
     def finish(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
         """Export the generator, then compare teacher and student; or print the profile."""
         self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)  # no update is left to finish
         if self.args.profile:
             return self.print_profile()
-        if self.gen_iter < self.args.max_iter:
+        if any_rank(self.stop) or self.gen_iter < self.args.max_iter:
             return print0(f"stopped at generator update {self.gen_iter}; "
                           f"continue with --resume --out {self.out}")
         if self.text is None:
             return
-        export(self.args, self.preset, G_theta, self.out)
+        print0(f"exporting the generator to {self.out}")
+        with writing(self.out):
+            export(self.args, self.preset, G_theta, self.out)
         if self.args.evaluate:
+            print0(f"comparing {self.args.evaluate} samples of the student with as many of the teacher")
             self.compare(F_phi, G_theta, tn)
 
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
@@ -321,10 +317,12 @@ class Job:
                 figures[label] = quick_scores(images, prompts, ["shapes"], {})
         if is_main():
             if preset.frames:
-                save_grid(self.out / "compare.mp4", torch.cat([clips[:6] for _, clips in lines]),
-                          min(6, len(prompts)), fps=self.fps)
+                with noted("compare.mp4"):
+                    save_grid(self.out / "compare.mp4", torch.cat([clips[:6] for _, clips in lines]),
+                              min(6, len(prompts)), fps=self.fps)
                 lines = [(label, film_strip(clips[:2])) for label, clips in lines]
-            save_rows(self.out / "compare.png", lines)
+            with noted("compare.png"):
+                save_rows(self.out / "compare.png", lines)
             for label, values in figures.items():
                 print(f"{label:34}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
             if figures:

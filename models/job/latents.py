@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from models import data, shards
 from models.checkpoint import InputError, some
 from models.job import flags, networks
+from models.job.folder import check_out, hold
 from models.parallel import barrier, init_distributed, is_main, print0
+from models.progress import bar
 from models.vae import AutoencoderKL
 from models.videos import Clips
 
@@ -80,11 +81,12 @@ def encode_clips(vae: AutoencoderKL, clips: Clips, model: str, folder: Path, cou
     print0(f"{folder}: latents of {count} clips, {left} left, {left * 2 * math.prod(shape) / 1e9:.3g} GB")
     barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():
+        hold(folder)
         shards.write_manifest(folder, manifest)
         shards.sweep_shards(folder, manifest)
     rank, world = dist.get_rank(), dist.get_world_size()
     barrier()  # nobody writes before that is swept
-    for start in tqdm(range(0, len(todo), world), disable=not is_main(), unit="shard", dynamic_ncols=True):
+    for start in bar(range(0, len(todo), world), disable=not is_main(), unit="shard"):
         part = todo[start + rank:start + rank + 1]  # in the last round some ranks have none
         made = [encode_shard(vae, clips, shape, folder, first, n) for first, n in part]
         gathered = [None] * world if is_main() else None
@@ -102,7 +104,7 @@ def main(args):
     if args.verify:
         return shards.verify_shards(args.out, "latents") if is_main() else None
     preset = flags.resolve_model(args)
-    flags.at_least_1(args, ("count", "stride", "shard_size", "workers"))
+    check_out(args.out)
     if args.videos is None:
         raise InputError("expected --videos FOLDER")
     clips = Clips(args.videos, args.prompts, tuple(args.size), args.frames, args.stride, args.seed,

@@ -31,6 +31,7 @@ from models.parallel import (
     shard,
 )
 from models.presets import PRESETS, Preset
+from models.saving import checksum
 from models.sequence import sequence_parallel
 from models.shards import Pairs, fingerprint
 from models.text_encoders import PREFIXES
@@ -69,6 +70,15 @@ def open_denoiser(args, preset: Preset, init: Path | None = None) -> Tensors:
     return tensors
 
 
+def check_export(path: Path) -> None:
+    """Reads all of an exported file and compares its checksum, where it has one. Raises InputError."""
+    tensors = checkpoint.open_tensors(path)
+    expected = tensors.metadata.get("dmdx.crc32")
+    if expected and checksum(tensors, tensors.metadata) != expected:
+        raise InputError(f"{path}: not as it was exported, its CRC-32 is not the {expected} of its metadata; "
+                         "expected an undamaged copy, or no dmdx.crc32 in a file that was edited on purpose")
+
+
 def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
                  adapters: dict[str, int] = {}, init: Path | None = None) -> nn.Module:
     """A sharded denoiser with the weights of the checkpoint or of the file `init`: float32 when trained, else
@@ -102,6 +112,9 @@ def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device)
         if init.is_dir() and not (init / "generator.safetensors").exists():
             raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
         init = init / "generator.safetensors" if init.is_dir() else init
+        for path in (init, init.with_name(MOTION)) if is_main() else ():
+            if path.exists():
+                check_export(path)
         metadata = export_notes(checkpoint.open_tensors(init))
         if metadata.get("dmdx.model") != args.model:
             raise InputError(f"--init {init}: a generator of {metadata.get('dmdx.model', 'no run of ours')}; "

@@ -1,0 +1,182 @@
+"""A run's folder: which it is, that one process at a time works in it, and what a run continues from.
+
+One command line serves the first launch and every requeue: `--resume` continues from the newest state that
+can be read, and starts the run where there is none.
+"""
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from models import data
+from models.checkpoint import InputError, replacing
+from models.job.notes import run_settings
+from models.parallel import is_main, print0
+from models.presets import Preset
+from models.saving import WriteError
+from models.state import Roles, check_sums, complete_states, load_state, reason
+
+HELD = []  # lock files: closing one would end its lock
+
+
+# ---- which folder ------------------------------------------------------------------------------------------
+
+def check_out(out: Path) -> None:
+    """Raises InputError unless `out` is a folder to write to, or can become one."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{out}: {there} is a file; expected a folder or the name of a new one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: {there} cannot be written to; expected a folder that can")
+
+
+def run_folder(args: argparse.Namespace, script: str) -> Path:
+    """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
+    runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
+    if args.out is None and args.resume == "newest" and runs:
+        args.out = max(runs, key=lambda run: (bool(complete_states(run / "state")), run))
+    elif args.out is None and args.resume not in (None, "newest"):
+        args.out = Path(args.resume).resolve().parent.parent
+        if not (args.out / "config.json").exists():
+            raise InputError(f"--resume {args.resume}: not inside a run folder; "
+                             "pass the folder to continue in as --out")
+    elif args.out is None:
+        args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
+    holder = [args.out]
+    dist.broadcast_object_list(holder)
+    args.out, = holder
+    if args.resume not in (None, "newest") and not Path(args.resume).is_dir():
+        raise InputError(f"--resume {args.resume}: no such folder; expected a saved state, RUN/state/iter_XXXXXXXX")
+    if not args.profile:
+        check_out(args.out)
+    if not args.resume:
+        check_unused(args.out)
+    return args.out
+
+
+def check_unused(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise InputError(f"{out} already holds a run: pass --resume to continue it or another --out")
+
+
+# ---- one process at a time ---------------------------------------------------------------------------------
+
+def hold(out: Path) -> None:
+    """Make the folder and lock it until this process ends, however it ends. Raises InputError when another
+    process holds it. A lock of POSIX: no child of a killed process keeps it, and network disks know it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        raise InputError(f"{out}: {holder} is at work in this folder; expected it to end first, or another "
+                         "--out") from None
+    except OSError as error:
+        print(f"note: {out}: its file system knows no locks ({error.strerror}); see to it that one process at "
+              "a time works there", flush=True)
+    HELD.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+# ---- continuing --------------------------------------------------------------------------------------------
+
+def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] | None:
+    """The progress of the state that --resume names, else of the newest that can be read, which fills `roles`;
+    None where the folder holds none. Raises InputError when none can be read, and for another --init than
+    that of the state's run."""
+    holder = [[Path(args.resume)] if args.resume != "newest" else complete_states(out / "state")[::-1]]
+    dist.broadcast_object_list(holder)  # a network disk may show every node another list
+    states, refused = holder[0], []
+    if states:
+        say_what_changed(args, states[0].resolve().parent.parent)
+    for path in states:
+        fault, faults = "", [None] * dist.get_world_size()
+        try:
+            progress = load_state(path, roles)
+            check_sums(path)
+        except InputError as error:
+            fault = str(error)
+        dist.all_gather_object(faults, fault)  # a rank reads its rows alone
+        if not any(faults):
+            for state, why in refused:
+                print0(f"note: {why}; {path}, the state before it, is taken instead")
+                if is_main():  # the next state that is saved removes it
+                    os.replace(state, state.with_suffix(".tmp"))
+            print0(f"resumed {path}: generator update {progress['gen_iter']}")
+            return progress
+        refused.append((path, next(filter(None, faults))))
+    if refused:
+        raise InputError(refused[0][1])
+    if exported := sorted(out.glob("generator*.safetensors")):
+        raise InputError(f"--resume: {out} holds no complete state but {exported[0].name} of a run that has "
+                         "ended; expected another --out")
+    print0(f"--resume: {out} holds no complete state, so the run starts there")
+    return None
+
+
+def say_what_changed(args: argparse.Namespace, started: Path) -> None:
+    """A flag forgotten on the command line of --resume would otherwise change the run unnoticed. Raises
+    InputError for another --init than that of the run in the folder `started`."""
+    before, now = run_settings(started), json.loads(json.dumps(vars(args), default=str))
+    changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+               if name not in ("out", "resume", "max_iter", "prompts_digest") and now.get(name, value) != value]
+    changed += ["prompts"] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+    if before and before.get("init") != now.get("init"):  # the state does not tell what the network predicts
+        raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this run was started")
+    if changed:
+        print0(f"changed since this run was last started: {', '.join(changed)}")
+
+
+def open_folder(args: argparse.Namespace, preset: Preset, out: Path, gen_iter: int, global_iter: int) -> None:
+    """Before the first update of a launch, on rank 0: what a run that got further has left is deleted, and
+    config.json is written."""
+    for state in complete_states(out / "state"):
+        if int(state.name[5:]) > global_iter:
+            shutil.rmtree(state)
+    data.truncate_jsonl(out / "metrics.jsonl", "global_iter", global_iter)
+    data.truncate_jsonl(out / "evaluation.jsonl", "gen_iter", gen_iter)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                         text=True).stdout.strip()
+    config = dict(args=vars(args), preset=preset._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
+                  world_size=dist.get_world_size())
+    with replacing(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1, default=str))
+
+
+# ---- what cannot be written --------------------------------------------------------------------------------
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises InputError for what cannot be written, on a full disk above all, and names the newest complete
+    state."""
+    try:
+        yield
+    except OSError as error:
+        what = error if isinstance(error, WriteError) else f"{error.filename or out} ({error.strerror or error})"
+        states = complete_states(out / "state")
+        newest = f"{states[-1]} is the newest complete state, from which --resume continues" if states else ""
+        raise InputError(f"could not write {what}; {newest or 'no state is complete yet'}") from error
+
+
+@contextmanager
+def noted(what: str) -> Iterator[None]:
+    """For what a run can do without: a failure is a note."""
+    try:
+        yield
+    except Exception as error:  # of PIL, PyAV and TensorBoard, of many kinds
+        tqdm.write(f"note: could not write {what} ({reason(error)}); the run goes on")

@@ -1,0 +1,35 @@
+"""Progress: a bar on a terminal, now and then a line where stderr is a file."""
+import math
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+class Lines:
+    """What tqdm writes to; makes each drawing of its bar a line of stderr."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def bar(items: Iterable | None = None, total: int | None = None, unit: str = "it", initial: int = 0,
+        disable: bool = False, label: str | None = None) -> tqdm:
+    """tqdm's bar over `items`, or to be updated up to `total`. Into a file it writes a line when 10 s have gone
+    by and a hundredth of the work is done."""
+    if sys.stderr.isatty():
+        return tqdm(items, label, total, unit=unit, initial=initial, disable=disable, dynamic_ncols=True)
+    total = len(items) if total is None else total
+    line = "{desc}{n_fmt}/{total_fmt} {unit} in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+    return tqdm(items, label, total, unit=unit, initial=initial, disable=disable, file=Lines(), position=0,
+                bar_format=line, mininterval=10, maxinterval=math.inf, miniters=max(1, total // 100))
+
+
+def end_bars() -> None:
+    """Leave the open bars as they are, so that what is printed next has a line to itself."""
+    for open_bar in list(getattr(tqdm, "_instances", ())):
+        open_bar.close()
