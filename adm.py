@@ -20,7 +20,6 @@ from functools import partial
 import torch
 from torch.nn.functional import mse_loss
 
-from models.checkpoint import InputError
 from models.diffusion import (
     Denoiser,
     delta_t,
@@ -50,17 +49,16 @@ def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     preset = flags.resolve(args)
     dt = delta_t(preset.schedule) if args.dt is None else args.dt
-    if not 0 < dt < 1:
-        raise InputError(f"--dt {dt:g}: expected more than 0 and less than 1")
     job = Job(__file__, args, preset, mesh, device)
     load = partial(networks.load_network, args, preset, mesh, device)
 
-    # All start as the teacher, with --init the generator as ADP's. Roles share one module where they can.
+    # All start as the teacher, --init's generator as that run's. Roles share one module where they can.
     adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
     base = load(adapters={name: rank for name, rank in adapters.items() if rank})
     F_phi = Denoiser(base, preset.predicts, preset.schedule)                           # Alg. 1 l. 1
     if args.lora_rank:
         G_theta = replace(F_phi, lora=("generator",))                                  # Alg. 1 l. 3
+        G_theta = networks.load_adapter(args, preset, G_theta)
     else:
         G_theta = networks.load_generator(args, preset, mesh, device)                  # Alg. 1 l. 3
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)        # Alg. 1 l. 2

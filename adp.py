@@ -33,6 +33,7 @@ def parse_args(argv=None):
     parser.set_defaults(model="tiny-sdxl")
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py, as --loss mse")
+    add("--lora-rank", type=int, default=0, help="rank of the generator's adapter; 0 trains all weights")
     add("--steps", type=int, help="steps at which the generator is sampled and compared")
     add("--loss", choices=("gan", "mse"), default="gan", help="mse: rectified flow, no discriminator")
     add("--lambdas", type=float, nargs=2, metavar=("LATENT", "PIXEL"), default=(0.85, 0.15),
@@ -58,10 +59,16 @@ def main(args):
     job = Job(__file__, args, preset, mesh, device)
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
-    F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
+    adapters = {"generator": args.lora_rank} if args.lora_rank else {}
+    base = networks.load_network(args, preset, mesh, device, adapters=adapters)
+    F_phi = Denoiser(base, preset.predicts, preset.schedule)
+    if args.lora_rank:
+        G_theta = networks.load_adapter(args, preset, replace(F_phi, lora=("generator",)))
+    else:
+        G_theta = networks.load_generator(args, preset, mesh, device)
     # [choice] The teacher's weights, whose epsilon or v is read as the velocity of the pair's straight path from
     # the first update on.                                                              # Sec. 4.2.1
-    G_theta = replace(networks.load_generator(args, preset, mesh, device), predicts="velocity", schedule="flow")
+    G_theta = replace(G_theta, predicts="velocity", schedule="flow")
     theta, tau = networks.trainables(G_theta), {}
     if lambda_1:
         D_tau1 = networks.new_discriminator(args, preset, F_phi, mesh, device)

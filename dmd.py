@@ -44,12 +44,13 @@ def main(args):
     job = Job(__file__, args, preset, mesh, device)
     load = partial(networks.load_network, args, preset, mesh, device)
 
-    # All start as the teacher, with --init the generator as ADP's. Roles share one module where they can.
+    # All start as the teacher, --init's generator as that run's. Roles share one module where they can.
     adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
     base = load(adapters={name: rank for name, rank in adapters.items() if rank})
     F_phi = Denoiser(base, preset.predicts, preset.schedule)                           # Alg. 1 l. 1
     if args.lora_rank:
         G_theta = replace(F_phi, lora=("generator",))                                  # Alg. 1 l. 3
+        G_theta = networks.load_adapter(args, preset, G_theta)
     else:
         G_theta = networks.load_generator(args, preset, mesh, device)                  # Alg. 1 l. 3
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)        # Alg. 1 l. 2

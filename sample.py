@@ -61,12 +61,13 @@ def from_run_folder(args) -> None:
     args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
     args.frames = args.frames or trained.get("frames")
+    motion = trained.get("motion_ckpt")
     args.no_t5 = args.no_t5 or trained["no_t5"]
     if (folder / "generator.safetensors").exists():
         args.ckpt = folder / "generator.safetensors"
     elif (folder / "generator_lora.safetensors").exists():
         args.lora = folder / "generator_lora.safetensors"
-        args.ckpt = base
+        args.ckpt, args.motion_ckpt = base, args.motion_ckpt or motion and Path(motion)
     else:
         raise InputError(f"{folder} has no exported generator yet: let the run end, "
                          "or continue it with --resume")
@@ -118,7 +119,8 @@ def main(args):
     args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
     preset = flags.resolve_model(args)
     check_out(args.out)
-    metadata = export_notes(source(args, preset)) | notes
+    base = export_notes(source(args, preset))
+    metadata = base | notes
     student = "dmdx.steps" in metadata
     steps = args.steps or int(metadata.get("dmdx.steps", preset.teacher_steps))
     shift = float(metadata.get("dmdx.shift", preset.shift))
@@ -134,16 +136,19 @@ def main(args):
     refuse_other_samples(args.out, settings, prompts)
 
     family = FAMILIES[preset.family]
-    preset = preset._replace(predicts=metadata.get("dmdx.predicts", preset.predicts),
-                             schedule=metadata.get("dmdx.schedule", preset.schedule))
+    adapter = networks.open_lora(args, preset) if args.lora else {}
+    preset = preset._replace(predicts=base.get("dmdx.predicts", preset.predicts),
+                             schedule=base.get("dmdx.schedule", preset.schedule))
     print0(f"loading {settings['ckpt']}")
     for path in (args.ckpt, args.motion_ckpt, args.lora) if is_main() else ():
         if path and path.is_file():
             networks.check_export(path)
     net = networks.load_network(args, preset, mesh, device)
-    if args.lora:
-        lora.merge_lora(net, lora.read_lora(open_tensors(args.lora), net, family.names), args.lora_scale)
-    F = Denoiser(net, preset.predicts, preset.schedule, renoise=metadata.get("dmdx.rollout") == "renoise")
+    lora.merge_lora(net, adapter, args.lora_scale)
+    # With an adapter the network may predict something else than its base.
+    F = Denoiser(net, metadata.get("dmdx.predicts", preset.predicts),
+                 metadata.get("dmdx.schedule", preset.schedule),
+                 renoise=metadata.get("dmdx.rollout") == "renoise")
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)

@@ -138,15 +138,15 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def project(self, x: Tensor, rotary: Tensor | None) -> list[Tensor]:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
+    def project(self, x: Tensor, rotary: Tensor | None, lora: tuple) -> list[Tensor]:
+        q, k, v = (f(x, *lora).unflatten(-1, (self.heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)  # B L N D/N
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return [y.transpose(1, 2) for y in (q, k, v)]
 
-    def out(self, heads: Tensor) -> Tensor:
-        return self.to_out[0](rearrange(heads, "B N L D -> B L (N D)"))
+    def out(self, heads: Tensor, lora: tuple) -> Tensor:
+        return self.to_out[0](rearrange(heads, "B N L D -> B L (N D)"), *lora)
 
 
 class GELU(nn.Module):
@@ -154,17 +154,17 @@ class GELU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x), approximate="tanh")
+    def forward(self, x: Tensor, lora: tuple) -> Tensor:
+        return gelu(self.proj(x, *lora), approximate="tanh")
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, lora: tuple) -> Tensor:
+        return self.net[2](self.net[0](x, lora), *lora)
 
 
 class Block(nn.Module):
@@ -178,15 +178,15 @@ class Block(nn.Module):
         self.ff = FeedForward(width)
         self.attend = attend
 
-    def forward(self, video: Tensor, text: Tensor, c: Tensor, rotary: Tensor | None,
-                total: int) -> tuple[Tensor, Tensor]:
+    def forward(self, video: Tensor, text: Tensor, c: Tensor, rotary: Tensor | None, total: int,
+                lora: tuple) -> tuple[Tensor, Tensor]:
         sizes = [text.shape[1], video.shape[1]]  # under sequence parallelism either can be 0
         x, gate_text, gate_video = self.norm1(text, video, c)
-        x = self.attn1.out(self.attend(*self.attn1.project(x, rotary), total))
+        x = self.attn1.out(self.attend(*self.attn1.project(x, rotary, lora), total), lora)
         x_text, x_video = x.split(sizes, dim=1)
         text, video = torch.addcmul(text, gate_text, x_text), torch.addcmul(video, gate_video, x_video)
         x, gate_text, gate_video = self.norm2(text, video, c)
-        x_text, x_video = self.ff(x).split(sizes, dim=1)
+        x_text, x_video = self.ff(x, lora).split(sizes, dim=1)
         return torch.addcmul(video, gate_video, x_video), torch.addcmul(text, gate_text, x_text)
 
 
@@ -239,15 +239,14 @@ class CogVideoX(nn.Module):
         """v (B T C H W) at x_t (B T C H W), t (B,) in [0, 1] and cond = (context (B S D_text), not used).
 
         With `taps`, the video maps (B D T h w) leaving these blocks instead; nothing after the last one is
-        run. Raises ValueError for a latent size that is no multiple of the patch, and for the name of an
-        adapter in `lora`: this network has none.
+        run. `lora`: () for the weights as they are, (name,) to add that adapter. It is an argument and no
+        state of the module: activation checkpointing repeats the forward later, when another adapter may be
+        on. Raises ValueError for a latent size that is no multiple of the patch.
         """
         context, dtype = cond[0], self.proj_out.weight.dtype
         T, (H, W) = x_t.shape[1], x_t.shape[-2:]
         if H % self.patch or W % self.patch:
             raise ValueError(f"latent {H} x {W} is no multiple of the patch size {self.patch}")
-        if lora:
-            raise ValueError(f"adapter {lora[0]}: CogVideoX is trained without adapters")
         # t = i/1000 is the DDPM index i - 1. No DDPM trains on t = 0: it gets the smallest index.
         index = ((1000 * t.float()).round() - 1).clamp_min(0)
         c = silu(self.time_embedding(timestep_embedding(index, self.width).to(dtype)))  # B E
@@ -264,7 +263,7 @@ class CogVideoX(nn.Module):
 
         maps, depth = [], max(taps) + 1 if taps else self.depth
         for i, block in enumerate(self.transformer_blocks[:depth]):
-            video, text = block(video, text, c, rotary, total)
+            video, text = block(video, text, c, rotary, total, lora)
             if i in taps:
                 maps.append(rearrange(self.join(video, S, total), "B (T h w) D -> B D T h w", h=h, w=w))
         if taps:

@@ -14,9 +14,16 @@ from models.checkpoint import Tensors, joined, renamed
 
 
 class Names(NamedTuple):
-    adaptable: tuple[str, ...]  # last parts of the names of the linears that the network calls with `lora`
+    adaptable: tuple[str, ...]  # ends of the names of the linears that the network calls with `lora`
     targets: tuple[str, ...]    # of these, which get an adapter. The paper says LoRA, not where.  # [choice]
     to_diffusers: Callable      # (module, its output rows, net) -> {diffusers module: rows [(start, stop)]}
+    prefix: str                 # of the network in a diffusers pipeline
+    kohya: Callable             # (module, net) -> its name, dotted, in the files of kohya's sd-scripts
+    architecture: str           # in `modelspec.architecture`
+
+
+def same(module: str, net: nn.Module) -> str:
+    return module
 
 
 # ---- SD3 ---------------------------------------------------------------------------------------------------
@@ -63,16 +70,72 @@ def mmdit_to_diffusers(module: str, rows: int, net: nn.Module) -> dict[str, list
 
 
 MMDIT = Names(adaptable=("qkv", "proj", "fc1", "fc2"), targets=("qkv", "proj"),
-              to_diffusers=mmdit_to_diffusers)
+              to_diffusers=mmdit_to_diffusers, prefix="transformer.", kohya=same,
+              architecture="stable-diffusion-3")
 
 
-# ---- files in diffusers' layout under the original names ----------------------------------------------------
+# ---- SDXL, SD1.5, AnimateDiff, CogVideoX -------------------------------------------------------------------
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 UNET_ENDS = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MOTION_BLOCK = (("attention_blocks.0.", "attn1."), ("attention_blocks.1.", "attn2."), ("ff_norm", "norm3"),
+                ("norms.0", "norm1"), ("norms.1", "norm2"))
+
+
+def unet_name(module: str, net: nn.Module) -> str:
+    """What diffusers calls a module of a UNet, or of AnimateDiff's."""
+    if ".temporal_transformer." in module:
+        module = module.replace(".temporal_transformer.", ".")
+        for ours, theirs in MOTION_BLOCK:
+            module = module.replace(".transformer_blocks.0." + ours, ".transformer_blocks.0." + theirs)
+        return module
+    ends = {ours: theirs for theirs, ours in UNET_ENDS.items()}
+    if module in ends:
+        return ends[module]
+    way, rest = module.split("_", 1)
+    rest = rest.split(".", 1)[1]
+    if way == "middle":
+        place, rest = rest.split(".", 1)
+        block, layer, i = "mid_block", "attentions" if place == "1" else "resnets", int(place) // 2
+    else:
+        number, place, rest = rest.split(".", 2)
+        per_level = len(net.input_blocks) // len(net.widths)  # ResNets and what follows them
+        down = way == "input"
+        level, i = divmod(int(number) - down, per_level)
+        block = f"{'down' if down else 'up'}_blocks.{level}"
+        if rest in ("op", "conv"):
+            return f"{block}.{'down' if down else 'up'}samplers.0.conv"
+        layer = "attentions" if place == "1" else "resnets"
+    if layer == "resnets":
+        rest = {ours: theirs for theirs, ours in RESNET.items()}[rest]
+    return f"{block}.{layer}.{i}.{rest}"
+
+
+def unet_to_diffusers(module: str, rows: int, net: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    return {unet_name(module, net): [(0, rows)]}
+
+
+def sd15_kohya(module: str, net: nn.Module) -> str:
+    """sd-scripts writes SD1.5's adapters under diffusers' names and SDXL's under the original ones. Motion
+    modules keep AnimateDiff's, as in its MotionLoRA files."""
+    return module if ".temporal_transformer." in module else unet_name(module, net)
+
+
+UNET = Names(adaptable=(*ATTENTION, "net.0.proj", "net.2", "proj_in", "proj_out"), targets=ATTENTION,
+             to_diffusers=unet_to_diffusers, prefix="unet.", kohya=same,
+             architecture="stable-diffusion-xl-v1-base")
+SD15 = UNET._replace(kohya=sd15_kohya, architecture="stable-diffusion-v1")
+COGVIDEOX = Names(adaptable=(*ATTENTION, "net.0.proj", "net.2"), targets=ATTENTION,
+                  to_diffusers=lambda module, rows, net: {module: [(0, rows)]}, prefix="transformer.",
+                  kohya=same, architecture="cogvideox")
+
+
+# ---- files in diffusers' layout under the original names ----------------------------------------------------
+
 VAE_RULES = (  # within one name, in this order
     (r"\.down_blocks\.(\d+)\.", r".down.\1."), (r"\.resnets\.", ".block."),
     (r"\.(down|up)samplers\.0\.", r".\1sample."), (r"\.conv_shortcut\.", ".nin_shortcut."),

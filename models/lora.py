@@ -2,8 +2,8 @@
 
 A weight W (out, in) becomes W + alpha / rank * up @ down, with down (rank, in) and up (out, rank). Several
 adapters share one set of base weights; which of them acts is an argument of forward.
-Read: diffusers / peft, OneTrainer, SimpleTuner, kohya and ComfyUI spellings of plain LoRA.
-Written: the diffusers and the kohya layout (ComfyUI reads both).
+Read: plain LoRA as diffusers (with and before peft), OneTrainer, SimpleTuner, kohya, ComfyUI and MotionLoRA
+spell it. Written: the diffusers and the kohya layout.
 """
 import json
 import math
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
-from models.checkpoint import InputError, Tensors, save_safetensors
+from models.checkpoint import InputError, Tensors, save_safetensors, some
 from models.diffusers_names import Names
 from models.parallel import local_rows
+from models.parse import parse_json, read_object, short
 
 
 class LoRALinear(nn.Linear):
@@ -44,7 +45,7 @@ class LoRALinear(nn.Linear):
 
 def add_lora(net: nn.Module, names: Names, name: str, rank: int, alpha: float | None = None,
              targets: tuple[str, ...] | None = None, seed: int = 0) -> None:
-    """Put a new adapter on every linear layer whose last name part is in `targets` (by default those of the
+    """Put a new adapter on every linear layer whose name ends in one of `targets` (by default those of the
     network's `names`); alpha None is the rank. On `meta` the values come from a later `init_lora`.
 
     Raises InputError for a target that is not adaptable, ValueError for an adapter name already in use.
@@ -54,8 +55,8 @@ def add_lora(net: nn.Module, names: Names, name: str, rank: int, alpha: float | 
         raise InputError(f"LoRA of rank {rank} on {', '.join(targets) or 'nothing'}: "
                          f"expected a rank of at least 1 and targets among {', '.join(names.adaptable)}")
     for path, layer in list(net.named_modules()):
-        kind = path.split(".")[-1]
-        if kind not in names.adaptable or not isinstance(layer, nn.Linear):
+        kind = next((end for end in names.adaptable if f".{path}".endswith(f".{end}")), None)
+        if kind is None or not isinstance(layer, nn.Linear):
             continue  # the patch embedding's proj is a convolution
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
@@ -109,8 +110,13 @@ class Piece(NamedTuple):
 
 
 TEXT = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.")
-PREFIX = re.compile(r"(base_model\.model\.)?"
-                    r"(transformer\.|(model\.)?diffusion_model\.|lora_transformer_|lora_unet_|lycoris_)?")
+EMBEDDINGS = ("bundle_emb.",)
+PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|unet\.|(model\.)?diffusion_model\.|"
+                    r"lora_transformer_|lora_unet__?|lycoris_)?")
+OLD = (  # spellings of diffusers before it used peft, and of MotionLoRA
+    (re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$"), r".\1.lora_\2.weight"),
+    (re.compile(r"\.lora(_linear_layer)?\.(down|up)\.weight$"), r".lora_\2.weight"),
+    (re.compile(r"\.to_out\.lora_"), ".to_out.0.lora_"))
 PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.alpha")
 OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|(diff|diff_b|[wb]_norm)$)")
 
@@ -127,13 +133,32 @@ def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, .
 
 
 def peft_config(tensors: Tensors) -> dict:
-    """Peft's settings, from the metadata (diffusers) or the file beside the weights (peft); {} without."""
-    beside, config = Path(tensors.path).with_name("adapter_config.json"), "{}"
+    """Peft's settings, from the metadata (diffusers) or the file beside the weights (peft); {} without.
+    Raises InputError for damaged ones."""
+    beside, what = Path(tensors.path).with_name("adapter_config.json"), "peft's settings of an adapter"
     if "lora_adapter_metadata" in tensors.metadata:
-        config = tensors.metadata["lora_adapter_metadata"]
+        place = f"{tensors.path}: its lora_adapter_metadata"
+        try:
+            config = parse_json(tensors.metadata["lora_adapter_metadata"])
+        except ValueError as error:
+            raise InputError(f"{place}: expected {what}, found damaged JSON ({short(error)})") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{place}: expected {what}, found {short(config, 40)}")
     elif Path(tensors.path).stem == "adapter_model" and beside.exists():
-        config = beside.read_text()
-    return {key.removeprefix("transformer."): value for key, value in json.loads(config).items()}
+        place, config = beside, read_object(beside, what)
+    else:
+        return {}
+    config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
+    try:
+        alphas = dict(config.get("alpha_pattern") or {}) | {"": config.get("lora_alpha", 1)}
+        for pattern, alpha in alphas.items():
+            re.compile(pattern)
+            if type(alpha) not in (int, float) or not math.isfinite(alpha):
+                raise ValueError(f"{short(alpha, 40)} for a number")
+    except (TypeError, ValueError, re.error) as error:
+        raise InputError(f"{place}: expected {what}, found a lora_alpha or alpha_pattern that is none "
+                         f"({short(error)})") from error
+    return config
 
 
 def peft_scale(config: dict, module: str, rank: int) -> float:
@@ -144,23 +169,44 @@ def peft_scale(config: dict, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def plain_alpha(metadata: dict[str, str]) -> float | None:
+    """An alpha that trainers note beside the tensors; None where there is none that is a number."""
+    for key in ("lora_alpha", "network_alpha", "ss_network_alpha"):
+        try:
+            alpha = float(metadata.get(key, ""))
+        except ValueError:
+            continue
+        if math.isfinite(alpha):
+            return alpha
+    return None
+
+
 def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[Piece]]:
     """A LoRA file for `net` (which may be on `meta`) -> {weight name: pieces to add}.
 
-    Without `.alpha` tensors or peft settings alpha is the rank. Text-encoder parts are not applied: a warning
-    says so. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete pairs and wrong shapes.
+    Alpha is that of `.alpha` tensors, of peft's settings, of plain metadata or, as a warning says, the rank.
+    Text-encoder parts and embeddings are not applied, as warnings say. Raises InputError for LyCORIS, DoRA,
+    other models' keys, incomplete pairs, wrong shapes and values that are not finite.
     """
     def refuse(problem, keys):
+        keys = [short(key) for key in keys]
         raise InputError(f"{tensors.path}: {problem}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}")
 
+    def warn(sentence):
+        warnings.warn(f"{tensors.path}: {sentence}", stacklevel=3)
+
     text = [key for key in tensors if key.startswith(TEXT)]
-    keys = [key for key in tensors if not key.startswith(TEXT)]
+    embeddings = [key for key in tensors if key.startswith(EMBEDDINGS)]
+    keys = [key for key in tensors if not key.startswith(TEXT + EMBEDDINGS)]
     if other := [key for key in keys if OTHER.search(key)]:
         refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
     table, found, unknown = spellings(net, names), {}, []
     sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
     for key in keys:
-        match = PART.fullmatch(key)
+        spelled = key
+        for pattern, new in OLD:
+            spelled = pattern.sub(new, spelled)
+        match = PART.fullmatch(spelled)
         module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
         if module not in table:
             unknown.append(key)
@@ -169,11 +215,15 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
         else:
             found[module][sides[match[2]]] = tensors[key].float()
     if unknown or not found:
-        refuse("expected LoRA keys of this model's modules, found", unknown or text or ["no tensors"])
-    if text:
-        warnings.warn(f"{tensors.path}: its {len(text)} text-encoder tensors are not applied", stacklevel=2)
+        refuse("expected LoRA keys of this model's modules, found",
+               unknown or text or embeddings or ["no tensors"])
+    for what, left in (("text-encoder tensors", text), ("embeddings", embeddings)):
+        if left:
+            warn(f"its {len(left)} {what} are not applied")
 
     config, lora = peft_config(tensors), {}
+    with_alphas = any("alpha" in parts for parts in found.values())
+    noted = None if with_alphas else plain_alpha(tensors.metadata)
     for module, parts in found.items():
         if not {"down", "up"} <= parts.keys():
             refuse("expected a down and an up weight together, found one alone or an alpha", [module])
@@ -186,12 +236,18 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
             refuse(f"down {(*down.shape,)} and up {(*up.shape,)} do not fit {name} {shape}", [module])
         down, up = down.reshape(rank, -1), up.reshape(rows, rank)
         # kohya's split qkv stacks three ranks in one down; alpha / rows of down is how every reader takes it.
-        scale = parts["alpha"].item() / rank if "alpha" in parts else peft_scale(config, module, rank)
+        alpha = parts.get("alpha", torch.tensor(float(rank) if noted is None else noted))
+        if alpha.numel() != 1 or not all(part.isfinite().all() for part in (down, up, alpha)):
+            refuse("expected finite values and an alpha of one number", [module])
+        given = "alpha" in parts or not config
+        scale = alpha.item() / rank if given else peft_scale(config, module, rank)
         pieces = lora.setdefault(name, [])
         for (start, stop), part in zip(cuts, up.split([stop - start for start, stop in cuts])):
             if any(start < p.stop and p.start < stop for p in pieces):
                 refuse("the same weight is given twice, under two names", [module])
             pieces.append(Piece(start, stop, down, part, scale))
+    if not config and not with_alphas and noted is None:
+        warn("says no alpha; strength 1 is assumed, alpha = rank")
     return lora
 
 
@@ -209,9 +265,35 @@ def merge_lora(target: nn.Module | dict[str, Tensor], lora: dict[str, list[Piece
         rows.copy_(rows.float() + delta[first:first + len(rows)])
 
 
+@torch.no_grad()
+def load_lora(net: nn.Module, names: Names, name: str, tensors: Tensors) -> None:
+    """Give an adapter of `net`, sharded or not, the values of a file of one on the same layers and of the
+    same rank. Raises InputError for other layers, another rank, and q, k and v each with another down."""
+    layers, lora = lora_layers(net, name), read_lora(tensors, net, names)
+    other = {path + ".weight" for path in layers} ^ lora.keys()
+    if other:
+        raise InputError(f"{tensors.path}: expected an adapter on the same {len(layers)} layers as this "
+                         f"run's; found another on or without {some(sorted(other))}")
+    for path, layer in layers.items():
+        pieces = sorted(lora[path + ".weight"], key=lambda piece: piece.start)
+        down, rank = pieces[0].down, len(layer.lora_A[name])
+        if any(len(piece.down) != rank for piece in pieces):
+            raise InputError(f"{tensors.path}: an adapter of rank {len(down)}, and --lora-rank is {rank}; "
+                             "expected the same")
+        covered = sum(piece.stop - piece.start for piece in pieces)
+        if covered != layer.out_features or any(not torch.equal(piece.down, down) for piece in pieces):
+            raise InputError(f"{tensors.path}: several adapters on {path}; expected one, as this project "
+                             "exports it")
+        strength = rank / layer.alpha[name]
+        up = torch.cat([piece.up * (piece.scale * strength) for piece in pieces])
+        for param, value in ((layer.lora_A[name], down), (layer.lora_B[name], up)):
+            rows, first = local_rows(param)
+            rows.copy_(value[first:first + len(rows)])
+
+
 def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
                    metadata: dict[str, str] | None = None) -> None:
-    """The adapter as diffusers names it: q, k and v apart, each with a copy of the common down.
+    """The adapter as diffusers names it: q, k and v apart; fused ones each get a copy of the common down.
 
     An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
     Every rank must call these two; rank 0 writes. `metadata`: strings to put beside, such as the
@@ -221,23 +303,37 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
     for module, (down, up) in lora_state(net, name).items():
         for spelling, cuts in names.to_diffusers(module, len(up), net).items():
             modules.append(spelling)
-            tensors[f"transformer.{spelling}.lora_A.weight"] = down
-            tensors[f"transformer.{spelling}.lora_B.weight"] = torch.cat([up[a:b] for a, b in cuts])
+            tensors[f"{names.prefix}{spelling}.lora_A.weight"] = down
+            tensors[f"{names.prefix}{spelling}.lora_B.weight"] = torch.cat([up[a:b] for a, b in cuts])
     alpha, rank = lora_layers(net, name)[module].alpha[name], len(down)
+    metadata["lora_alpha"] = f"{alpha:g}"
     if alpha != rank:  # without this entry readers take alpha = rank
-        metadata["lora_adapter_metadata"] = json.dumps({
-            "transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": modules})
+        config = dict(r=rank, lora_alpha=alpha, target_modules=modules)
+        metadata["lora_adapter_metadata"] = json.dumps(
+            {names.prefix + key: value for key, value in config.items()})
     write(path, tensors, metadata)
 
 
-def save_kohya(path: str | Path, net: nn.Module, name: str, metadata: dict[str, str] | None = None) -> None:
-    """The adapter as sd-scripts and ComfyUI name it: original modules with underscores, qkv fused, alphas."""
+def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str,
+               metadata: dict[str, str] | None = None) -> None:
+    """The adapter as sd-scripts and ComfyUI name it: modules with underscores, qkv fused, alphas. Those of
+    motion modules are MotionLoRA's, which has no alphas: readers pick their own by the names."""
     tensors, layers = {}, lora_layers(net, name)
     for module, (down, up) in lora_state(net, name).items():
-        key = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
-        tensors[f"{key}.alpha"] = torch.tensor(layers[module].alpha[name])
-    write(path, tensors, metadata or {})
+        spelling, alpha = names.kohya(module, net), layers[module].alpha[name]
+        if ".temporal_transformer." in spelling:
+            block, projection = re.fullmatch(r"(.+)\.(to_[qkv]|to_out)(?:\.0)?", spelling).groups()
+            key, ends = f"{block}.processor.{projection}_lora", ("down", "up")
+            up = up * (alpha / len(down))
+        else:
+            key, ends = "lora_unet_" + spelling.replace(".", "_"), ("lora_down", "lora_up")
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
+    modelspec = dict(sai_model_spec="1.0.0", architecture=f"{names.architecture}/lora", title=Path(path).stem,
+                     implementation="https://github.com/Stability-AI/generative-models")
+    training = dict(network_module="networks.lora", network_dim=len(down), network_alpha=f"{alpha:g}")
+    write(path, tensors, (metadata or {}) | {f"modelspec.{key}": value for key, value in modelspec.items()}
+          | {f"ss_{key}": str(value) for key, value in training.items()})
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -70,6 +70,8 @@ def manifest(path: Path) -> tuple[dict, dict]:
 def refusal_of(script: str, *flags, printed: str = "") -> str:
     """What `python SCRIPT FLAGS`, which is refused with exit code 2, would print to stderr: here, without the
     seconds that a process of its own takes to import. `printed`: the pattern of its stdout."""
+    from models.progress import end_bars
+    end_bars()  # of runs that other tests have stopped in this process
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", [script, *map(str, flags)])

@@ -144,7 +144,7 @@ def test_dt_is_what_the_two_steps_span(tmp_path, monkeypatch):
     for span in spans[1:]:  # the first is the generator's, from 1 to 0
         torch.testing.assert_close(span, torch.full((4,), 0.25))
     for dt in ("0", "1.5", "nan"):
-        assert refusal_of("adm.py", "--out", tmp_path / "no", "--dt", dt).startswith(f"adm.py: --dt {float(dt):g}: ")
+        assert refusal_of("adm.py", "--out", tmp_path / "no", "--dt", dt).startswith(f"adm.py: --dt {float(dt):g}: expected")
 
 
 def test_eq8_and_margins_by_hand(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_written_file_is_the_adapter(path, save, alpha, targets, tmp_path):
     add_lora(net, MMDIT, "generator", rank, alpha, targets)
     train(net, "generator")
     with_adapter = velocity(net, path, "generator")
-    save(tmp_path / "lora.safetensors", net, *[MMDIT] * (save is save_diffusers), "generator")
+    save(tmp_path / "lora.safetensors", net, MMDIT, "generator")
     tensors = open_tensors(tmp_path / "lora.safetensors")
     described = "lora_adapter_metadata" in tensors.metadata
     assert described == (save is save_diffusers and alpha not in (None, rank))
@@ -249,7 +249,7 @@ def sharded_worker(rank, world, path, rendezvous):
         init_lora(n, "generator", seed=5)
     for (name, sharded), p in zip(net.named_parameters(), whole.parameters()):
         assert torch.equal(sharded.full_tensor(), p), name
-    save_kohya(os.path.join(os.path.dirname(rendezvous), "lora.safetensors"), net, "generator")
+    save_kohya(os.path.join(os.path.dirname(rendezvous), "lora.safetensors"), net, MMDIT, "generator")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,7 +25,7 @@ TRAIN = ["--batch-size", 4, "--evaluate", 0, "--max-iter", 2, "--save-every", 1]
 MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4],
          "fake-lora": ["--lora-rank", 4, "--fake-lora", 4]}
 CUTS = {"two": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1],
-        "replicated": ["--shard-ranks", 1],
+        "replicated": ["--shard-ranks", 1], "sequence": ["--sequence-parallel", 2],
         "all": ["--offload", "--micro-batch", 1, "--shard-ranks", 1]}
 ODES = ["--model", "tiny-sd3", "--steps", 2, "--dtype", "fp32", "--shard-size", 8, "--count", 28]
 
@@ -33,6 +33,8 @@ ODES = ["--model", "tiny-sd3", "--steps", 2, "--dtype", "fp32", "--shard-size", 
 RUNS = [("full", cut) for cut in ("two", "offload", "accumulation")]
 RUNS += [("fake-lora", cut) for cut in ("two", "offload", "replicated")]
 RUNS += [("lora", "two"), ("lora", "all"), ("adp", "two"), ("adp", "offload"), ("dmd", "two"), ("avdm2", "two")]
+RUNS += [("adp-lora", "two"), ("cogvideox-lora", "sequence")]  # a UNet; ranks that share the video's tokens
+NAMES = [*MODES, "adp", "adp-lora", "cogvideox-lora", "dmd", "avdm2"]
 SAVED = {"avdm2": 2}  # the pass of the first generator update, elsewhere 1
 
 
@@ -40,8 +42,12 @@ def flags_of(name, pairs) -> tuple[str, list]:
     """(script, flags) of a run."""
     if name in MODES:
         return "adm", [*TRAIN, *RATES, *MODES[name]]
-    if name == "adp":
-        return "adp", [*TRAIN, "--pairs", pairs, "--lr-theta", 1e-5, "--lr-tau", 1e-6, "--sample-every", 3]
+    if name in ("adp", "adp-lora"):
+        flags = ["--lora-rank", 4, "--lambdas", 1, 0] if name == "adp-lora" else []
+        return "adp", [*TRAIN, "--pairs", pairs, "--lr-theta", 1e-5, "--lr-tau", 1e-6, "--sample-every", 3, *flags]
+    if name == "cogvideox-lora":
+        return "adm", [*TRAIN, *RATES, "--model", "tiny-cogvideox", *MODES["fake-lora"], "--batch-size", 2,
+                       "--sample-every", 3]
     if name == "avdm2":  # some of whose videos are bad
         clips = ["--videos", GOLDEN / "clips", "--prompts", pairs.parent / "clips.csv", "--frames", 3]
         return "avdm2", [*TRAIN, *RATES, *clips, "--lr-motion", 1e-5, "--frames-sdm", 2]
@@ -86,7 +92,7 @@ def runs(tmp_path_factory):
     jobs = [("sharded_load", [out / "net.safetensors"]),
             ("collect_odes", [*ODES, "--batch", 3, "--out", out / "odes-two"])]
     table(out, [(name, "a red circle") for name in ("audio_only.mp4", "plain.mp4", "vfr.mp4")], name="clips.csv")
-    for name in (*MODES, "adp", "dmd", "avdm2"):
+    for name in NAMES:
         script, flags = flags_of(name, out / "pairs")
         call(script, [*flags, "--out", out / f"{name}-one"], [SAVED.get(name, 1)])
         for cut in (cut for other, cut in RUNS if other == name):
@@ -193,7 +199,7 @@ def test_adamw_without_first_moment_is_adamw_bit_for_bit():
 
 # ---- continued ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [*MODES, "adp", "dmd", "avdm2"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_uninterrupted_bit_for_bit(runs, tmp_path, name):
     call(*unfinished(runs / f"{name}-one", tmp_path / "run", name, runs / "pairs"))
     assert_same_run(tmp_path / "run", runs / f"{name}-one", exact=True)

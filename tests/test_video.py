@@ -161,7 +161,6 @@ def test_grid_of_videos_and_film_strip(tmp_path):
     (["--frames", "10"], r"--frames 10: tiny-cogvideox takes 8 k \+ 1 frames: 1, 9, 17, 25, ...; its own are 9"),
     (["--frames", "5"], r"--frames 5: tiny-cogvideox takes 8 k \+ 1"),
     (["--size", "36", "32"], "takes multiples of 8"),
-    (["--lora-rank", "4"], "adapters are for the SD3 family"),
     (["--sequence-parallel", "2"], "--sequence-parallel 2 does not divide the 1 processes"),
     (["--no-t5"], "--no-t5: not for tiny-cogvideox"),
     (["--model", "tiny-sd3", "--null-prompt", "empty"], "--null-prompt empty: not for tiny-sd3"),

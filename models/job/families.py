@@ -40,7 +40,7 @@ class Family(NamedTuple):
     sides: Callable                     # preset -> (pixels that a side is a multiple of, the largest or None)
     single_file: bool                   # the denoiser's file and its exports hold VAE and text encoders too
     flags: tuple[str, ...]              # those of the flags not for every family that it takes
-    names: diffusers_names.Names | None  # of linear layers in LoRA files; None: no adapters
+    names: diffusers_names.Names        # which linear layers adapters sit on, and what LoRA files call them
     frames_per_latent: int = 1          # of a video
     frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
     max_frames: int | None = None
@@ -236,7 +236,7 @@ SD15 = Family(
     vae=vae.AutoencoderKL, vae_config_from_shapes=vae.config_from_shapes,
     open_denoiser=open_sd15, open_vae=open_single_vae, new_text=new_sd15_text, beside=beside_single,
     condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]), (0,)),
-    sides=unet_sides, single_file=True, flags=(), names=None)
+    sides=unet_sides, single_file=True, flags=(), names=diffusers_names.SD15)
 
 FAMILIES = {
     "mmdit": Family(
@@ -255,7 +255,7 @@ FAMILIES = {
         beside=beside_single,
         condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]),
                                          (preset.config["vector_dim"],)),
-        sides=unet_sides, single_file=True, flags=(), names=None),
+        sides=unet_sides, single_file=True, flags=(), names=diffusers_names.UNET),
     "sd15": SD15,
     "animatediff": SD15._replace(
         network=animatediff.AnimateDiff, config_from_shapes=animatediff.config_from_shapes,
@@ -268,6 +268,6 @@ FAMILIES = {
         beside=beside_cogvideox,
         condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
         sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
-        single_file=False, flags=("null_prompt", "sequence_parallel", "context_parallel"), names=None,
-        frames_per_latent=4, frame_step=8),
+        single_file=False, flags=("null_prompt", "sequence_parallel", "context_parallel"),
+        names=diffusers_names.COGVIDEOX, frames_per_latent=4, frame_step=8),
 }

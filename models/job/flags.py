@@ -14,7 +14,7 @@ from models import __version__
 from models.checkpoint import InputError
 from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
-from models.job.networks import DTYPES
+from models.job.networks import DTYPES, init_file
 from models.parallel import barrier
 from models.presets import PRESETS, Preset
 from models.progress import end_bars
@@ -29,7 +29,7 @@ COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-10
 # Flag -> the smallest and the largest value that anybody could mean.
 LIMITS = {
     "batch": COUNT, "batch_size": COUNT, "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
-    "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK, "frames_sdm": COUNT,
+    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK, "frames_sdm": COUNT,
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT, "micro_batch": COUNT,
     "mps_threshold": SHARE, "profile": COUNT, "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
@@ -116,7 +116,8 @@ def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser,
     """`training_parser` with the flags that ADM and its baseline DMD have in common."""
     parser, add = training_parser(script, doc)
     add("--prompts", type=Path, nargs="+", help=".txt, .jsonl, .csv, .tsv or .json")
-    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py")
+    add("--init", type=Path, metavar="RUN",
+        help="start the generator from this run's, as of adp.py; with --lora-rank from its adapter")
     add("--steps", type=int, help="N, steps of the generator")
     add("--ttur", type=int, default=1, help="updates of the fake model per update of the generator")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the real score's guidance")
@@ -208,21 +209,14 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     preset = PRESETS[args.model]
     if adp:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
-                                 max_iter=preset.adp_max_iter)
+                                 max_iter=preset.adp_max_iter, lora_rank=0)
     resolve_model(args)
     # Not motion_ckpt: where it is left out, a generator as --ckpt comes with its own motion modules.
     fill(args, preset, tuple(name for name in Preset._fields if name != "motion_ckpt"))
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
-    adapters = [f"--{name.replace('_', '-')}" for name in ("lora_rank", "fake_lora")
-                if getattr(args, name, 0)]
-    if args.init and getattr(args, "lora_rank", 0):
-        raise InputError("--init starts from weights of its own, which no adapter on the teacher's can be: "
-                         "expected --lora-rank 0")
-    if adapters and FAMILIES[preset.family].names is None:
-        raise InputError(f"--model {args.model}: adapters are for the SD3 family; expected --lora-rank 0 "
-                         "and no --fake-lora")
+    init_file(args)
     procedural = bool(preset.data)
     if args.evaluate < 0 or procedural and args.evaluate == 1:
         raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + procedural}")

@@ -4,6 +4,7 @@
 """
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from models.sequence import sequence_parallel
 from models.shards import Pairs, fingerprint
 from models.text_encoders import PREFIXES
 
+ADAPTER = "generator_lora.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,26 +106,68 @@ def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, t
     return net
 
 
+def init_file(args) -> Tensors | None:
+    """The exported generator of --init, a run folder or a file: all weights or, with --lora-rank, an adapter.
+    Raises InputError for the other of the two and for another model's."""
+    init, rank = args.init, getattr(args, "lora_rank", 0)
+    if not init:
+        return None
+    if init.is_dir():
+        exports = [init / name for name in ("generator.safetensors", ADAPTER)]
+        found = [path for path in exports if path.exists()]
+        if not found:
+            raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished "
+                             "run")
+        init = exports[bool(rank)] if exports[bool(rank)] in found else found[0]
+    tensors = checkpoint.open_tensors(init)
+    adapter = any(".lora_" in name for name in tensors)
+    if rank and not adapter:
+        raise InputError("--init starts from weights of its own, which no adapter on the teacher's can be: "
+                         "expected --lora-rank 0")
+    model = export_notes(tensors).get("dmdx.model")
+    if model != args.model:
+        raise InputError(f"--init {init}: a generator of {model or 'no run of ours'}; "
+                         f"expected one of {args.model}")
+    if adapter and not rank:
+        raise InputError(f"--init {init}: an adapter on the teacher's weights; expected --lora-rank with its "
+                         "rank, or a generator with all weights")
+    return tensors
+
+
 def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device) -> Denoiser:
-    """G_theta with weights of its own: the teacher's, or those of --init, a run folder or an exported file,
-    which says what its network predicts and on which schedule. Raises InputError for another model's."""
-    predicts, schedule, init = preset.predicts, preset.schedule, args.init
-    if init:
-        if init.is_dir() and not (init / "generator.safetensors").exists():
-            raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
-        init = init / "generator.safetensors" if init.is_dir() else init
-        for path in (init, init.with_name(MOTION)) if is_main() else ():
-            if path.exists():
-                check_export(path)
-        metadata = export_notes(checkpoint.open_tensors(init))
-        if metadata.get("dmdx.model") != args.model:
-            raise InputError(f"--init {init}: a generator of {metadata.get('dmdx.model', 'no run of ours')}; "
-                             f"expected one of {args.model}")
-        predicts = metadata.get("dmdx.predicts", predicts)
-        schedule = metadata.get("dmdx.schedule", schedule)
-    preset = preset._replace(predicts=predicts, schedule=schedule)
-    net = load_network(args, preset, mesh, device, trainable=True, init=init)
-    return Denoiser(net, predicts, schedule)
+    """G_theta with weights of its own: the teacher's, or those of --init, which says what its network
+    predicts and on which schedule. Raises InputError for another model's."""
+    tensors = init_file(args)
+    for path in (tensors.path, tensors.path.with_name(MOTION)) if tensors and is_main() else ():
+        if path.exists():
+            check_export(path)
+    notes = export_notes(tensors) if tensors else {}
+    preset = preset._replace(predicts=notes.get("dmdx.predicts", preset.predicts),
+                             schedule=notes.get("dmdx.schedule", preset.schedule))
+    net = load_network(args, preset, mesh, device, trainable=True, init=tensors.path if tensors else None)
+    return Denoiser(net, preset.predicts, preset.schedule)
+
+
+def load_adapter(args, preset: Preset, G_theta: Denoiser) -> Denoiser:
+    """G_theta, an adapter on the teacher's network, or with --init the adapter of that run: its values, what
+    it predicts and on which schedule. Raises InputError for one of another rank or of other layers."""
+    tensors = init_file(args)
+    if tensors is None:
+        return G_theta
+    if is_main():
+        check_export(tensors.path)
+    lora.load_lora(G_theta.net, FAMILIES[preset.family].names, G_theta.lora[0], tensors)
+    notes = export_notes(tensors)
+    return replace(G_theta, predicts=notes.get("dmdx.predicts", G_theta.predicts),
+                   schedule=notes.get("dmdx.schedule", G_theta.schedule))
+
+
+def open_lora(args, preset: Preset) -> dict[str, list[lora.Piece]]:
+    """The adapter of the file --lora. Raises InputError for one that is not of this model."""
+    family = FAMILIES[preset.family]
+    with torch.device("meta"):
+        net = family.network(**preset.config)
+    return lora.read_lora(checkpoint.open_tensors(args.lora), net, family.names)
 
 
 def teacher_files(args, preset: Preset) -> dict:
@@ -252,8 +296,9 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         metadata |= {"dmdx.null_prompt": args.null_prompt} if args.null_prompt else {}
     if G_theta.lora:
         adapter, = G_theta.lora
-        lora.save_diffusers(out / "generator_lora.safetensors", G_theta.net, family.names, adapter, metadata)
-        lora.save_kohya(out / "generator_lora_kohya.safetensors", G_theta.net, adapter, metadata)
+        for name, save in ((ADAPTER, lora.save_diffusers),
+                           ("generator_lora_kohya.safetensors", lora.save_kohya)):
+            save(out / name, G_theta.net, family.names, adapter, metadata)
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
     prefix = DENOISER if family.single_file else ""
