@@ -147,7 +147,7 @@ def main(args):
             job.phase("discriminator")
             del h_fake, h_real  # gigabytes at full size, which the next micro-batch needs
             log.pairs(logits_fake, logits_real)
-            log.add(loss_tau=loss_tau, dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))          # Eq. (6), Fig. 3
+            log.add(loss_tau=loss_tau, dmd=dmd_loss(x_hat_0, x_0_fake, x_0_real))       # Eq. (6), Fig. 3
         log.update("theta", opt_theta)                                                 # Alg. 1 l. 22
         gen_iter += 1                                                                  # Alg. 1 l. 23
         log.update("tau", opt_tau)                                                     # Alg. 1 l. 26

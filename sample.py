@@ -23,7 +23,7 @@ from models.eval.prompt_sets import SETS, prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, source
 from models.job.folder import check_out
-from models.job.notes import export_notes, run_settings
+from models.job.notes import export_notes, parametrisation, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
 from models.presets import PRESETS
@@ -137,8 +137,7 @@ def main(args):
 
     family = FAMILIES[preset.family]
     adapter = networks.open_lora(args, preset) if args.lora else {}
-    preset = preset._replace(predicts=base.get("dmdx.predicts", preset.predicts),
-                             schedule=base.get("dmdx.schedule", preset.schedule))
+    preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")
     for path in (args.ckpt, args.motion_ckpt, args.lora) if is_main() else ():
         if path and path.is_file():
@@ -146,9 +145,8 @@ def main(args):
     net = networks.load_network(args, preset, mesh, device)
     lora.merge_lora(net, adapter, args.lora_scale)
     # With an adapter the network may predict something else than its base.
-    F = Denoiser(net, metadata.get("dmdx.predicts", preset.predicts),
-                 metadata.get("dmdx.schedule", preset.schedule),
-                 renoise=metadata.get("dmdx.rollout") == "renoise")
+    preset = preset._replace(**parametrisation(metadata))
+    F = Denoiser(net, preset.predicts, preset.schedule, renoise=metadata.get("dmdx.rollout") == "renoise")
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)

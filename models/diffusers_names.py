@@ -81,6 +81,7 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
 UNET_ENDS = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+RESNET_THEIRS, UNET_ENDS_THEIRS = ({ours: theirs for theirs, ours in table.items()} for table in (RESNET, UNET_ENDS))
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MOTION_BLOCK = (("attention_blocks.0.", "attn1."), ("attention_blocks.1.", "attn2."), ("ff_norm", "norm3"),
                 ("norms.0", "norm1"), ("norms.1", "norm2"))
@@ -93,9 +94,8 @@ def unet_name(module: str, net: nn.Module) -> str:
         for ours, theirs in MOTION_BLOCK:
             module = module.replace(".transformer_blocks.0." + ours, ".transformer_blocks.0." + theirs)
         return module
-    ends = {ours: theirs for theirs, ours in UNET_ENDS.items()}
-    if module in ends:
-        return ends[module]
+    if module in UNET_ENDS_THEIRS:
+        return UNET_ENDS_THEIRS[module]
     way, rest = module.split("_", 1)
     rest = rest.split(".", 1)[1]
     if way == "middle":
@@ -111,7 +111,7 @@ def unet_name(module: str, net: nn.Module) -> str:
             return f"{block}.{'down' if down else 'up'}samplers.0.conv"
         layer = "attentions" if place == "1" else "resnets"
     if layer == "resnets":
-        rest = {ours: theirs for theirs, ours in RESNET.items()}[rest]
+        rest = RESNET_THEIRS[rest]
     return f"{block}.{layer}.{i}.{rest}"
 
 

@@ -169,8 +169,8 @@ def materialise(net: nn.Module, device: torch.device, offload: bool = False) -> 
 @torch.no_grad()
 def load_sharded(net: nn.Module, tensors: Tensors, ignore: tuple[str, ...] = ()) -> None:
     """Fill a materialised network from a checkpoint, each rank reading only the rows that it holds. Strict:
-    raises InputError for missing, extra or mis-shaped tensors and for NaN in these rows. Adapters (`.lora_`), which no base checkpoint
-    holds, are left alone."""
+    raises InputError for missing, extra or mis-shaped tensors and for NaN in these rows. Adapters (`.lora_`),
+    which no base checkpoint holds, are left alone."""
     named = [*net.named_parameters(), *net.named_buffers()]
     targets = {name: p for name, p in named if ".lora_" not in name}
     check_names(tensors, {name: tuple(p.shape) for name, p in targets.items()}, ignore)

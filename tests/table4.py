@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from models.checkpoint import open_tensors  # noqa: E402
 from models.diffusion import generator_times, teacher_times  # noqa: E402
 from models.eval import shapes  # noqa: E402
+from models.job.notes import parametrisation  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
 from models.tiny.training import encode_captions, generate, open_teacher  # noqa: E402
 
@@ -69,9 +70,7 @@ def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None) 
     """Exact figures of the denoiser in a file, the same noise and prompts for all."""
     preset = PRESETS["tiny-sdxl"]
     F, vae, text = open_teacher("tiny-sdxl", ckpt)
-    metadata = open_tensors(ckpt).metadata
-    F = replace(F, predicts=metadata.get("dmdx.predicts", F.predicts),
-                schedule=metadata.get("dmdx.schedule", F.schedule))
+    F = replace(F, **parametrisation(open_tensors(ckpt).metadata))
     tn = (generator_times if steps == 1 else teacher_times)(steps, preset.shift, F.schedule)
     prompts, table = shapes.evaluation_prompts(samples), encode_captions(preset, text)
     return shapes.evaluate(generate(preset, F, vae, table, prompts, tn, cfg), prompts)
@@ -99,12 +98,18 @@ def line(label: str, rows: list[dict], note: str = "") -> str:
     return f"| {label} | {cells(rows, FIGURES)} | {note} |"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/table4"))
+def options(doc: str, out: str, samples: int) -> argparse.ArgumentParser:
+    """The flags of a table's script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    return parser
+
+
+def main():
+    parser = options(__doc__, "runs/table4", 1024)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--dinov2", type=Path, help="its weights, for A2")
     args = parser.parse_args()

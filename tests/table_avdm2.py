@@ -5,9 +5,7 @@ for the 4-step student, mean and standard deviation over the seeds. For Fig. 5 i
 single frames, whose pictures have the tone y = 0.6 x - 0.25, and counts the student's clips in that tone; their
 other figures are taken after undoing it. What is finished is not run again, what was killed goes on.
 """
-import argparse
 import json
-import os
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ from models.job.networks import load_network, load_text, load_vae  # noqa: E402
 from models.job.sampling import generate  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
 from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
-from table4 import cells, run  # noqa: E402
+from table4 import cells, options, run  # noqa: E402
 
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
@@ -110,11 +108,7 @@ def line(label: str, rows: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/table_avdm2"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser = options(__doc__, "runs/table_avdm2", 512)
     parser.add_argument("--rows", type=int, nargs="+", default=[*range(len(ROWS))], help="numbers, from 0")
     parser.add_argument("flags", nargs="*", help="for every run, behind --, as -- --max-iter 10")
     args = parser.parse_args()

@@ -29,7 +29,8 @@ COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-10
 # Flag -> the smallest and the largest value that anybody could mean.
 LIMITS = {
     "batch": COUNT, "batch_size": COUNT, "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
-    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK, "frames_sdm": COUNT,
+    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK,
+    "frames_sdm": COUNT,
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT, "micro_batch": COUNT,
     "mps_threshold": SHARE, "profile": COUNT, "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),

@@ -17,7 +17,7 @@ from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator
 from models.job.families import DENOISER, FAMILIES, MOTION, VAE, source
 from models.job.motion import split_motion
-from models.job.notes import export_notes
+from models.job.notes import export_notes, parametrisation
 from models.parallel import (
     barrier,
     fill_random,
@@ -142,8 +142,7 @@ def load_generator(args, preset: Preset, mesh: DeviceMesh, device: torch.device)
         if path.exists():
             check_export(path)
     notes = export_notes(tensors) if tensors else {}
-    preset = preset._replace(predicts=notes.get("dmdx.predicts", preset.predicts),
-                             schedule=notes.get("dmdx.schedule", preset.schedule))
+    preset = preset._replace(**parametrisation(notes))
     net = load_network(args, preset, mesh, device, trainable=True, init=tensors.path if tensors else None)
     return Denoiser(net, preset.predicts, preset.schedule)
 
@@ -157,9 +156,7 @@ def load_adapter(args, preset: Preset, G_theta: Denoiser) -> Denoiser:
     if is_main():
         check_export(tensors.path)
     lora.load_lora(G_theta.net, FAMILIES[preset.family].names, G_theta.lora[0], tensors)
-    notes = export_notes(tensors)
-    return replace(G_theta, predicts=notes.get("dmdx.predicts", G_theta.predicts),
-                   schedule=notes.get("dmdx.schedule", G_theta.schedule))
+    return replace(G_theta, **parametrisation(export_notes(tensors)))
 
 
 def open_lora(args, preset: Preset) -> dict[str, list[lora.Piece]]:

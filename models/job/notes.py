@@ -112,6 +112,11 @@ def export_notes(tensors: Tensors) -> dict[str, str]:
     return notes
 
 
+def parametrisation(notes: dict[str, str]) -> dict[str, str]:
+    """What an export's notes say of `predicts` and `schedule`, for a preset or a role to take over."""
+    return {key: notes[f"dmdx.{key}"] for key in ("predicts", "schedule") if f"dmdx.{key}" in notes}
+
+
 def run_settings(folder: Path) -> dict:
     """The flags with which a run was last started, from its config.json; none where there is no such file, or
     that of another program. Raises InputError for a damaged one."""
