@@ -73,7 +73,7 @@ def main(args):
     while gen_iter < args.max_iter:                                                    # Alg. 1 l. 4
         global_iter += 1                                                               # Alg. 1 l. 5
         log = job.begin(global_iter)
-        batch = [(indices, job.conditions(indices)) for indices in job.micro_batches]
+        batch = list(zip(job.micro_batches, job.conditions()))
 
         # update fake score estimator f_psi                                            # Alg. 1 l. 7
         set_trainable(psi, True)

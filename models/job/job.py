@@ -107,11 +107,14 @@ class Job:
         first = (self.global_iter - 1) * self.args.batch_size
         return [data.prompt_index(self.args.seed, first + i, count) for i in indices]
 
-    def conditions(self, indices: list[int]) -> Cond:
-        """One prompt per global sample index, the same for both updates of an iteration."""  # [choice]
+    def conditions(self) -> list[Cond]:
+        """One prompt per global sample index, for each micro-batch; the same for both updates of an iteration.
+        Encoded together: sharded or offloaded encoders are gathered once."""  # [choice]
         if self.text is None:
-            return self.random_conditions(indices)
-        return self.text.encode([self.prompts[i] for i in self.shuffled(indices, len(self.prompts))])
+            return [self.random_conditions(indices) for indices in self.micro_batches]
+        indices, size = sum(self.micro_batches, []), len(self.micro_batches[0])
+        prompts = [self.prompts[i] for i in self.shuffled(indices, len(self.prompts))]
+        return [Cond(*parts) for parts in zip(*(part.split(size) for part in self.text.encode(prompts)))]
 
     def start(self, **roles: tuple[dict[str, nn.Parameter], torch.optim.Optimizer]) -> None:
         """Write config.json, or resume; say what is trained. roles: log name -> (parameters, optimizer)."""
