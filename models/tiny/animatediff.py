@@ -4,9 +4,8 @@
 
 Writes models/tiny/animatediff/: tiny_sd15.safetensors (UNet, VAE and CLIP-L in SD1.5's single-file layout:
 the teacher of single frames), tiny_mm.safetensors (motion modules in v2's layout), tokenizer/, prompts.txt.
-As in the original, the UNet is trained on single frames with scaled-linear betas, then the motion modules on clips
-with linear betas in the frozen UNet. Last, both losses train the motion modules and the UNet's layers that read
-the text: "left" and "right" look alike in single frames, and such layers had hardly told them apart.
+As in the original, the UNet is trained on single frames with scaled-linear betas, then the motion modules on with linear betas in the frozen UNet. Last, both losses train all weights: "left" and "right" look alike in single
+frames, and the UNet's layers had hardly told them apart.
 
 Letters: B clips, T frames, Z h w latent, H W pixels.
 """
@@ -48,8 +47,8 @@ from models.vae import FramesVAE
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
 CLIPS = 8192  # of both denoisers' training
-STEPS = {"vae": 2500, "vae_noise": 1500, "unet": 15000, "motion": 1500, "both": 2000}
-MOTION_BATCH = 16  # clips
+STEPS = {"vae": 2500, "vae_noise": 1500, "unet": 15000, "motion": 1500, "both": 8000}
+MOTION_BATCH, BOTH_BATCH = 16, (8, 16)  # clips; clips and single frames
 MATRICES = r".*motion_modules\."  # Muon's
 NOISE = {"unet": 0.7, "motion": 1.6}  # mean logit of the noise at which outlines and directions are decided
 
@@ -133,6 +132,10 @@ def train_animatediff(out: Path) -> None:
         return denoiser_loss(scaled, latents.flatten(0, 1), per_frame, table, batch=batch,
                              times=lambda step, g: snr_times(FRAMES.schedule, NOISE["unet"], batch, g))
 
+    def clips_loss(batch: int) -> Callable:
+        return denoiser_loss(PRESET, latents, scenes.labels, table, batch=batch,
+                             times=lambda step, g: snr_times(PRESET.schedule, NOISE["motion"], batch, g))
+
     def look(average: nn.Module, step: int) -> None:
         report(out / f"animatediff_{step:06d}.png", PRESET,
                Denoiser(average, PRESET.predicts, PRESET.schedule), vae, table,
@@ -145,18 +148,13 @@ def train_animatediff(out: Path) -> None:
     net.load_state_dict({name: p.half().float() for name, p in unet.state_dict().items()}, strict=False)
     for name, p in net.named_parameters():
         p.requires_grad_("motion_modules." in name)
-    clips_loss = denoiser_loss(PRESET, latents, scenes.labels, table, batch=MOTION_BATCH,
-                               times=lambda step, g: snr_times(PRESET.schedule, NOISE["motion"], MOTION_BATCH, g))
-    # Planned for twice as many steps: the learning rate ends at half of its height.
-    net = train("ad_motion", net.to(device), clips_loss, 2 * STEPS["motion"], 2e-3, out, stop=STEPS["motion"],
-                muon=MATRICES, look=look)
-    for name, p in net.named_parameters():
-        p.requires_grad_("motion_modules." in name or ".attn2." in name)
-    frames_32 = frames_loss(32)
+    net = train("ad_motion", net.to(device), clips_loss(MOTION_BATCH), 2 * STEPS["motion"], 2e-3, out,
+                stop=STEPS["motion"], muon=MATRICES, look=look)  # ends at half of the highest learning rate
+    clips_8, frames_16 = clips_loss(BOTH_BATCH[0]), frames_loss(BOTH_BATCH[1])
 
     def both(net: nn.Module, step: int) -> Tensor:
-        return clips_loss(net, 10_000 + step) + 0.5 * frames_32(net, 10_000 + step)
-    net = train("ad_both", net, both, STEPS["both"], 1.5e-3, out, muon=MATRICES, look=look)
+        return clips_8(net, 10_000 + step) + 0.5 * frames_16(net, 10_000 + step)
+    net = train("ad_both", net.requires_grad_(True), both, STEPS["both"], 1.5e-3, out, muon=MATRICES, look=look)
     export(net.cpu(), others)
     F, vae, text = open_teacher(NAME)
     report(FOLDER / "teacher_animatediff.png", PRESET, F, vae, encode_captions(PRESET, text),
