@@ -4,8 +4,9 @@
 
 Writes models/tiny/animatediff/: tiny_sd15.safetensors (UNet, VAE and CLIP-L in SD1.5's single-file layout:
 the teacher of single frames), tiny_mm.safetensors (motion modules in v2's layout), tokenizer/, prompts.txt.
-As in the original, the UNet is trained on single frames with scaled-linear betas, then the motion modules on with linear betas in the frozen UNet. Last, both losses train all weights: "left" and "right" look alike in single
-frames, and the UNet's layers had hardly told them apart.
+As in the original, the UNet is trained on single frames with scaled-linear betas, then the motion modules on clips
+with linear betas in the frozen UNet. Last, both losses train all weights: "left" and "right" look alike in
+single frames, and the UNet's layers had hardly told them apart.
 
 Letters: B clips, T frames, Z h w latent, H W pixels.
 """
