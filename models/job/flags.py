@@ -219,9 +219,9 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     args.max_iter = args.profile or args.max_iter
     init_file(args)
     procedural = bool(preset.data)
-    if args.evaluate < 0 or procedural and args.evaluate == 1:
-        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least {1 + procedural}")
-    if args.evaluate_every < 0 or args.evaluate_every and not args.evaluate:
+    if procedural and args.evaluate == 1:
+        raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least 2")
+    if args.evaluate_every and not args.evaluate:
         raise InputError(f"--evaluate-every {args.evaluate_every} --evaluate {args.evaluate}: expected 0 or "
                          "more updates, and samples to evaluate")
     args.evaluate_metrics = args.evaluate_metrics or ["shapes" if procedural else "clip"]
