@@ -14,6 +14,20 @@ c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0
 Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite Algorithm 1
 ("Alg. 1 l. 17") and the equations.
 """
+from models.job import parsers
+
+
+def parse_args(argv=None):
+    parser, add = parsers.distillation_parser(__file__, __doc__)
+    add("--lr-tau", type=float, help="learning rate of the discriminator")
+    add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
+    add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
 from dataclasses import replace
 from functools import partial
 
@@ -35,14 +49,6 @@ from models.discriminator import hinge
 from models.job import flags, networks
 from models.job.job import Job
 from models.parallel import adamw, init_distributed, set_trainable
-
-
-def parse_args(argv=None):
-    parser, add = flags.distillation_parser(__file__, __doc__)
-    add("--lr-tau", type=float, help="learning rate of the discriminator")
-    add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
-    add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
-    return parser.parse_args(argv)
 
 
 def main(args):
@@ -159,4 +165,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

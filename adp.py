@@ -13,23 +13,13 @@ x_T, x_0 the ends of a pair, noise and teacher's sample     c its prompt     x_h
 t generator time     t_d, z_d time and noise of the latent discriminator, on the teacher's schedule
 Shapes: latents B C H W, times B; images B 3 and their height and width.
 """
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch.nn.functional import mse_loss
-
-from models.checkpoint import InputError
-from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
-from models.discriminator import hinge
-from models.job import flags, networks
-from models.job.job import Job
-from models.parallel import adamw, init_distributed, set_trainable
-from models.shards import open_pairs
+from models.job import parsers
 
 
 def parse_args(argv=None):
-    parser, add = flags.training_parser(__file__, __doc__)
+    parser, add = parsers.training_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py, as --loss mse")
@@ -42,6 +32,23 @@ def parse_args(argv=None):
     add("--pixel-ckpt", type=Path, help="its weights; without them the Hugging Face hub is asked")
     add("--lr-tau", type=float, help="learning rate of the discriminators")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import mse_loss
+
+from models.checkpoint import InputError
+from models.diffusion import Denoiser, generator_times, q, random_time, target, to_x_0_eps
+from models.discriminator import hinge
+from models.job import flags, networks
+from models.job.job import Job
+from models.parallel import adamw, init_distributed, set_trainable
+from models.shards import open_pairs
 
 
 def main(args):
@@ -162,4 +169,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

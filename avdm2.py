@@ -14,29 +14,15 @@ x_0 real clip    x_hat_0 generated    z_T, eps noises    c prompt    w guidance 
 tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
 Shapes: latents of clips B T C H W, of K frames of each (B K) C H W, times and scales B or (B K).
 """
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch.nn.functional import mse_loss, softplus
-
-from models.checkpoint import InputError
-from models.diffusion import Denoiser, dmd_loss, generator_times, ode_step, q, random_time, solve, target
-from models.discriminator import VideoDiscriminator
-from models.job import clips, flags, networks
-from models.job.job import Job
-from models.parallel import adamw, init_distributed, set_trainable
-
-GAN_TIMES = dict(low=0.0, high=0.5)    # [t_gmin, t_gmax], Sec. 5.1
-SDM_TIMES = dict(low=0.2, high=0.98)   # [t_min, t_max], Sec. 5.1
-ADAMW = dict(betas=(0.9, 0.999), weight_decay=0.01)  # Sec. 5.1
+from models.job import parsers
 
 
 def parse_args(argv=None):
-    parser, add = flags.training_parser(__file__, __doc__)
+    parser, add = parsers.training_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-animatediff")
-    clips.add_flags(parser)
+    parsers.add_clip_flags(parser)
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of avdm2.py")
     add("--teacher-2d", type=Path, help="any SD1.5 single file, whose style the frames take; default: --ckpt")
     add("--steps", type=int, help="N, steps of the generator")
@@ -52,6 +38,27 @@ def parse_args(argv=None):
     add("--lr-psi", type=float, help="learning rate of the fake model")
     add("--lr-tau", type=float, help="learning rate of the discriminator")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.nn.functional import mse_loss, softplus
+
+from models.checkpoint import InputError
+from models.diffusion import Denoiser, dmd_loss, generator_times, ode_step, q, random_time, solve, target
+from models.discriminator import VideoDiscriminator
+from models.job import clips, flags, networks
+from models.job.job import Job
+from models.parallel import adamw, init_distributed, set_trainable
+
+GAN_TIMES = dict(low=0.0, high=0.5)    # [t_gmin, t_gmax], Sec. 5.1
+SDM_TIMES = dict(low=0.2, high=0.98)   # [t_min, t_max], Sec. 5.1
+ADAMW = dict(betas=(0.9, 0.999), weight_decay=0.01)  # Sec. 5.1
 
 
 def main(args):
@@ -195,4 +202,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

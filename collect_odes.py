@@ -8,10 +8,35 @@ Writes OUT/pairs_FIRST-LAST.safetensors and OUT/manifest.json. Pair i depends on
 alone, not on the number of ranks. An interrupted collection goes on when the same command is run again, a
 finished one when --count is larger; shards that --verify found damaged are made again.
 """
+from pathlib import Path
+
+from models.job import parsers
+
+
+def parse_args(argv=None):
+    parser = parsers.model_parser(__file__, __doc__)
+    parser.set_defaults(model="tiny-sdxl")
+    add = parser.add_argument_group("pairs").add_argument
+    add("--prompts", type=Path, nargs="+",
+        help=".txt, .jsonl, .csv, .tsv or .json; in their order, again and again")
+    add("--count", type=int, help="pairs in all")
+    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
+    add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
+    add("--out", type=Path, help="default runs/odes-MODEL")
+    add("--batch", type=int, help="pairs per forward on one rank; default: twice the preset's micro-batch")
+    add("--shard-size", type=int,
+        help="pairs per file: what an interruption costs at most; default 512, of videos 16")
+    add("--dtype", choices=parsers.PRECISIONS, default="bf16", help="of the stored latents")
+    add("--verify", action="store_true", help="check every byte in --out and make nothing")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
 import json
 import math
 import shutil
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,24 +51,6 @@ from models.job.networks import DTYPES
 from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
 from models.progress import bar
-
-
-def parse_args(argv=None):
-    parser = flags.model_parser(__file__, __doc__)
-    parser.set_defaults(model="tiny-sdxl")
-    add = parser.add_argument_group("pairs").add_argument
-    add("--prompts", type=Path, nargs="+",
-        help=".txt, .jsonl, .csv, .tsv or .json; in their order, again and again")
-    add("--count", type=int, help="pairs in all")
-    add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
-    add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
-    add("--out", type=Path, help="default runs/odes-MODEL")
-    add("--batch", type=int, help="pairs per forward on one rank; default: twice the preset's micro-batch")
-    add("--shard-size", type=int,
-        help="pairs per file: what an interruption costs at most; default 512, of videos 16")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the stored latents")
-    add("--verify", action="store_true", help="check every byte in --out and make nothing")
-    return parser.parse_args(argv)
 
 
 def settings(args, preset: Preset) -> dict:
@@ -140,4 +147,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

@@ -12,6 +12,17 @@ c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0
 Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite Algorithm 1
 ("Alg. 1 l. 17") and the equations.
 """
+from models.job import parsers
+
+
+def parse_args(argv=None):
+    parser, _ = parsers.distillation_parser(__file__, __doc__)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
 from dataclasses import replace
 from functools import partial
 
@@ -31,11 +42,6 @@ from models.diffusion import (
 from models.job import flags, networks
 from models.job.job import Job
 from models.parallel import adamw, init_distributed, set_trainable
-
-
-def parse_args(argv=None):
-    parser, _ = flags.distillation_parser(__file__, __doc__)
-    return parser.parse_args(argv)
 
 
 def main(args):
@@ -128,4 +134,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

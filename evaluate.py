@@ -12,24 +12,12 @@ OUT/results.json and OUT/table.md, and each score at once to OUT/scores.jsonl: t
 it was stopped. What cannot be read is named and left out.
 """
 import argparse
-import json
-import sys
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch.nn.functional import avg_pool2d
-
-from models.checkpoint import InputError, replacing, some
-from models.eval import metrics, prompt_sets
-from models.eval.metrics import Folder, Item, mean, score_items
-from models.job import flags
-from models.job.folder import check_out
-from models.pictures import PICTURES, VIDEOS, read_mp4, read_picture, rgb
-from models.progress import bar
+from models.job import parsers
+from models.presets import PROMPT_SETS
 
 METRICS = ("clip", "pickscore", "hpsv2", "mps", "lpips", "fvd", "clip-video", "vbench", "shapes")
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
@@ -39,11 +27,11 @@ def parse_args(argv=None):
         help="of pictures or videos; each becomes a row of the table")
     add("--metrics", nargs="+", choices=METRICS, default=["shapes"], metavar="METRIC",
         help=f"of {', '.join(METRICS)}; shapes is for the tiny models")
-    sets = "; ".join(f"{name} ({what})" for name, what in prompt_sets.SETS.items())
+    sets = "; ".join(f"{name} ({what})" for name, what in PROMPT_SETS.items())
     add("--prompts", help=f"file, or a set by name: {sets}")
     add("--out", type=Path, default=Path("runs/evaluate"))
     add("--batch", type=int, default=16, help="pictures or frames per forward")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="default: cuda, or cpu where there is none")
     for name in ("clip", "pickscore", "hpsv2"):
         add(f"--{name}-ckpt", type=Path, help="file or folder; without it the Hugging Face hub is asked")
     add("--mps-ckpt", type=Path, help="MPS_overall_checkpoint.pth")
@@ -67,8 +55,27 @@ def parse_args(argv=None):
         help="*_eval_results.json files, or their folder")
     add("--vbench-short", type=Path, metavar="FILE",
         help="VBench's prompt for each line of --prompts, where the videos were sampled with longer ones")
-    add("--version", action="version", version=flags.VERSION)
+    add("--version", action="version", version=parsers.VERSION)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
+import json
+import sys
+from functools import partial
+
+import torch
+from torch.nn.functional import avg_pool2d
+
+from models.checkpoint import InputError, replacing, some
+from models.eval import metrics, prompt_sets
+from models.eval.metrics import Folder, Item, mean, score_items
+from models.job import flags
+from models.job.folder import check_out
+from models.pictures import PICTURES, VIDEOS, read_mp4, read_picture, rgb
+from models.progress import bar
 
 
 # ---- metrics: each loads its networks and returns (variant, function from a folder to its figures) ---------
@@ -214,6 +221,7 @@ LOADERS = {"lpips": diversity, "fvd": video_distance, "vbench": video_bench, "sh
 # ---- the table ---------------------------------------------------------------------------------------------
 
 def main(args):
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flags.check_numbers(args)
     if args.frames < 1:
         raise InputError(f"--frames {args.frames}: expected at least 1")
@@ -271,4 +279,4 @@ def report(args, folders: list[Folder], variants: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.entry("evaluate.py", parse_args, main)
+    flags.entry("evaluate.py", main, args)

@@ -13,37 +13,43 @@ sampled as a teacher: Euler or DDIM steps on the original's schedule with guidan
 """
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from models import lora
-from models.checkpoint import InputError, open_tensors
-from models.diffusion import Denoiser, generator_times, teacher_times
-from models.eval.prompt_sets import SETS, prompt_set
-from models.job import flags, networks, sampling
-from models.job.families import FAMILIES, source
-from models.job.folder import check_out
-from models.job.notes import export_notes, parametrisation, run_settings
-from models.parallel import barrier, init_distributed, is_main, print0
-from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
-from models.presets import PRESETS
-from models.progress import bar
+from models.job import parsers
+from models.presets import PRESETS, PROMPT_SETS
 
 
 def parse_args(argv=None):
-    parser = flags.model_parser(__file__, __doc__)
+    parser = parsers.model_parser(__file__, __doc__)
     parser.set_defaults(model=None)  # what an exported file says, else tiny-sd3
     add = parser.add_argument_group("samples").add_argument
     add("--lora", type=Path, help="adapter in the diffusers, kohya or ComfyUI layout, merged into weights")
     add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
-    add("--prompts", help=f"file, or a set by name: {', '.join(SETS)}; default: the preset's")
+    add("--prompts", help=f"file, or a set by name: {', '.join(PROMPT_SETS)}; default: the preset's")
     add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
     add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
     add("--batch", type=int, default=4, help="pictures per forward")
     add("--out", type=Path, default=Path("samples"), help="folder, for samples of one generator and settings")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
+import torch
+import torch.distributed as dist
+
+from models import lora
+from models.checkpoint import InputError, open_tensors
+from models.diffusion import Denoiser, generator_times, teacher_times
+from models.eval.prompt_sets import prompt_set
+from models.job import flags, networks, sampling
+from models.job.families import FAMILIES, source
+from models.job.folder import check_out
+from models.job.notes import export_notes, parametrisation, run_settings
+from models.parallel import barrier, init_distributed, is_main, print0
+from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
+from models.progress import bar
 
 
 def from_run_folder(args) -> None:
@@ -175,4 +181,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry(__file__, parse_args, main)
+    flags.entry(__file__, main, args)

@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+# Name -> what it is for, where its file is; read by models/eval/prompt_sets.py.
+PROMPT_SETS = {
+    "coco10k": "Tables 1, 2, 4: 10,000 captions of COCO 2014's validation set, as DMD2 drew them",
+    "parti": "Table 6: Google's 1,632 PartiPrompts",
+    "vbench": "Tables 3, 8, 9: VBench's 946 prompts; VBench_full_info.json, or all_dimension.txt",
+    "webvid": "AVDM2: the captions of WebVid-10M's validation set; results_10M_val.csv",
+    "shapes": "the 512 prompts of the tiny image models' exact evaluation",
+    "moving-shapes": "the 256 prompts of the tiny video model's exact evaluation",
+}
 
 
 class Preset(NamedTuple):

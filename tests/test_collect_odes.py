@@ -324,8 +324,7 @@ def test_verify_exits_2_with_every_damage_named(copy, monkeypatch, capsys):
     remove(copy / "pairs_00000024-00000027.safetensors")
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit) as caught:
-        entry("collect_odes.py", lambda: collect_odes.parse_args(["--out", str(copy), "--verify"]),
-                  collect_odes.main)
+        entry("collect_odes.py", collect_odes.main, collect_odes.parse_args(["--out", str(copy), "--verify"]))
     output, errors = capsys.readouterr()
     line = [line for line in errors.splitlines() if line.startswith("collect_odes.py: ")]
     assert (caught.value.code, output, len(line)) == (2, "", 1), errors

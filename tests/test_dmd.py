@@ -264,7 +264,7 @@ def test_the_diff_to_adm_is_sec_4_1_3():
     ours, theirs = code(SCRIPT), code(ADM)
     new = [line for line in ours if line not in theirs]
     assert new == [
-        "parser, _ = flags.distillation_parser(__file__, __doc__)",
+        "parser, _ = parsers.distillation_parser(__file__, __doc__)",
         "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
         't = random_time(F_phi.schedule, job.uniform("t", indices))',
         "x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)",

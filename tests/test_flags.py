@@ -1,6 +1,8 @@
 """The flags of the scripts: headings, defaults, and that each of them does something."""
 import argparse
 import re
+import subprocess
+import sys
 
 import adm
 import adp
@@ -49,3 +51,13 @@ def test_help_shows_headings_and_defaults(name, capsys):
                             "profiling", *["real clips"] * (name == "avdm2")]
         assert re.search(r"--lr-theta LR_THETA\s+learning rate of the generator \(default: the\s+preset's\)", text)
         assert re.search(r"--save-every N\s+generator updates \(default: 500\)", text)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "evaluate", "models.job.latents"])
+def test_help_does_not_wait_for_pytorch(name):
+    """`None` in sys.modules makes any import of it fail; and so do a wrong flag's sentence and --version."""
+    code = ("import runpy, sys; sys.modules.update(torch=None, numpy=None); sys.argv[1:] = {!r}.split();"
+            f"runpy.run_module({name!r}, run_name='__main__')")
+    for flag, said in (("--help", "usage: "), ("--version", "PyTorch "), ("--batch x", "error: ")):
+        done = subprocess.run([sys.executable, "-c", code.format(flag)], cwd=ROOT, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -12,19 +12,11 @@ from typing import BinaryIO
 from models.checkpoint import InputError, why
 from models.data import lines_of, read_prompts
 from models.parse import parse_json, short
+from models.presets import PROMPT_SETS
 from models.videos import webvid_files
 
 COCO = "coco10k/all_prompts.pkl"  # within the archive, beside the 10,000 pictures
 LARGEST = 2 ** 26  # bytes of a pickled list; that of COCO has a hundredth
-# Name -> what it is for, where its file is.
-SETS = {
-    "coco10k": "Tables 1, 2, 4: 10,000 captions of COCO 2014's validation set, as DMD2 drew them",
-    "parti": "Table 6: Google's 1,632 PartiPrompts",
-    "vbench": "Tables 3, 8, 9: VBench's 946 prompts; VBench_full_info.json, or all_dimension.txt",
-    "webvid": "AVDM2: the captions of WebVid-10M's validation set; results_10M_val.csv",
-    "shapes": "the 512 prompts of the tiny image models' exact evaluation",
-    "moving-shapes": "the 256 prompts of the tiny video model's exact evaluation",
-}
 SOURCES = {
     "vbench": "https://github.com/Vchitect/VBench/blob/master/vbench/VBench_full_info.json",
     "webvid": "http://www.robots.ox.ac.uk/~maxbain/webvid/results_10M_val.csv",
@@ -32,7 +24,7 @@ SOURCES = {
 
 
 def prompt_set(source: str | Path) -> list[str]:
-    """The prompts, in the published order, of a name in SETS or of a file: DMD2's .zip or .pkl, VBench's
+    """The prompts, in the published order, of a name in PROMPT_SETS or of a file: DMD2's .zip or .pkl, VBench's
     .json, WebVid's .csv, or one of those of `models.data.read_prompts`. Raises InputError."""
     from models.eval import moving_shapes, shapes  # for these two sets alone
     name = str(source)
@@ -48,7 +40,7 @@ def prompt_set(source: str | Path) -> list[str]:
         raise InputError(f"{name}: expected its file ({SOURCES[name]}) in place of the name")
     path = Path(source)
     if not path.exists() and not path.suffix:
-        raise InputError(f"{name}: neither a file nor a prompt set; the sets are {', '.join(SETS)}")
+        raise InputError(f"{name}: neither a file nor a prompt set; the sets are {', '.join(PROMPT_SETS)}")
     readers = {".zip": coco_archive, ".pkl": coco_pickle, ".json": vbench_prompts}
     if path.suffix in readers:
         if not path.is_file():

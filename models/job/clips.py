@@ -5,7 +5,6 @@ has encoded; a tiny model's are drawn. --random-weights has noise in their place
 """
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,15 +20,6 @@ from models.text import Cond
 from models.videos import Clips
 
 SEED = 1000  # of clips that are drawn; the held-out ones have others
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("real clips").add_argument
-    add("--videos", type=Path, help="folder of videos and a .csv file with their captions")
-    add("--prompts", "--table", dest="table", type=Path, help="the .csv file, where it is not the only one in --videos")
-    add("--latents", type=Path, help="folder that `python -m models.job.latents` has made, in place of --videos")
-    add("--stride", type=int, default=4, help="of the frames")
-    add("--workers", type=int, default=4, help="videos that a rank decodes side by side")
 
 
 def check_flags(args: argparse.Namespace, preset: Preset) -> None:

@@ -1,6 +1,6 @@
 """What training scripts do around their algorithm: batches, log, save, resume, samples, closing comparison.
 
-No loss is computed here. A script calls, in this order: `flags.training_parser`, `flags.resolve`, `Job`,
+No loss is computed here. A script calls, in this order: `parsers.training_parser`, `flags.resolve`, `Job`,
 `networks.load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `job.noise`, `log.add`,
 `log.update`, `job.end`; `job.finish` exports and compares. Scorers and evaluators are imported where they are
 used: a training run seldom needs them, and they take seconds.

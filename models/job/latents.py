@@ -7,10 +7,31 @@
 Clip i is of the i-th row whose video is there, again from the first when --count is larger, at one random
 start and with one sample of the VAE's posterior. An interrupted run goes on when its command is run again.
 """
+from pathlib import Path
+
+from models.job import parsers
+
+
+def parse_args(argv=None):
+    parser = parsers.model_parser("models.job.latents", __doc__)
+    add = parser.add_argument_group("clips").add_argument
+    add("--videos", type=Path, help="folder of videos and a .csv file with their captions")
+    add("--prompts", type=Path, help="the .csv file, where it is not the only one in --videos")
+    add("--out", type=Path, required=True)
+    add("--count", type=int, help="clips in all; default: the number of videos")
+    add("--stride", type=int, default=4, help="of the frames")
+    add("--shard-size", type=int, default=16, help="clips per file: what an interruption costs each rank")
+    add("--workers", type=int, default=4, help="videos that a rank decodes side by side")
+    add("--verify", action="store_true", help="check every byte in --out and make nothing")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before PyTorch is imported, which takes seconds
+
 import json
 import math
 from hashlib import blake2b
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,20 +46,6 @@ from models.vae import AutoencoderKL
 from models.videos import Clips
 
 AHEAD = 8  # clips decoded while one is encoded
-
-
-def parse_args(argv=None):
-    parser = flags.model_parser("models.job.latents", __doc__)
-    add = parser.add_argument_group("clips").add_argument
-    add("--videos", type=Path, help="folder of videos and a .csv file with their captions")
-    add("--prompts", type=Path, help="the .csv file, where it is not the only one in --videos")
-    add("--out", type=Path, required=True)
-    add("--count", type=int, help="clips in all; default: the number of videos")
-    add("--stride", type=int, default=4, help="of the frames")
-    add("--shard-size", type=int, default=16, help="clips per file: what an interruption costs each rank")
-    add("--workers", type=int, default=4, help="videos that a rank decodes side by side")
-    add("--verify", action="store_true", help="check every byte in --out and make nothing")
-    return parser.parse_args(argv)
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
@@ -115,4 +122,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.entry("models.job.latents", parse_args, main)
+    flags.entry("models.job.latents", main, args)

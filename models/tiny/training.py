@@ -17,7 +17,7 @@ from models.checkpoint import replacing
 from models.data import noise
 from models.diffusion import Denoiser, alpha_sigma, generator_times, q, random_time, solve, target, teacher_times
 from models.eval.metrics import procedural
-from models.job import flags, networks
+from models.job import flags, networks, parsers
 from models.parallel import init_distributed
 from models.pictures import film_strip, save_rows
 from models.presets import PRESETS, Preset
@@ -31,7 +31,7 @@ def open_part(name: str, load: Callable, ckpt: Path | None = None) -> nn.Module:
     """A network of a tiny model's files, of the committed ones or of `ckpt`, on the CPU in float32. `load`:
     `load_network`, `load_text` or `load_vae` of models/job/networks.py."""
     _, mesh = init_distributed()
-    args = flags.model_parser(__file__, "").parse_args(["--model", name, "--precision", "fp32"])
+    args = parsers.model_parser(__file__, "").parse_args(["--model", name, "--precision", "fp32"])
     args.ckpt = ckpt
     preset, cpu = flags.resolve_model(args), torch.device("cpu")
     return load(args, preset, cpu) if load is networks.load_vae else load(args, preset, mesh, cpu)
