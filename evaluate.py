@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--lpips-ckpt", type=Path, nargs="+", metavar="FILE",
         help="torchvision's file and lpips', or one with both")
     add("--lpips-net", choices=("vgg", "alex", "vgg-avgpool"), default="vgg")
-    add("--i3d-ckpt", type=Path, help="i3d_torchscript.pt, a program that is run, or i3d_pretrained_400.pt")
+    add("--i3d-ckpt", type=Path, help="the published i3d_torchscript.pt, or i3d_pretrained_400.pt")
     add("--real", type=Path, metavar="FOLDER", help="of fvd's real videos, with all folders in it")
     add("--frames", type=int, default=16, help="that fvd takes of each video, from its start")
     add("--stride", type=int, default=4, help="of the frames fvd takes of a real video; 1 of a generated one")

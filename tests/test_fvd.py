@@ -10,6 +10,7 @@ from conftest import golden, read_golden
 from torch import Tensor
 
 from models.checkpoint import InputError, save_safetensors
+from models.eval import fvd
 from models.eval.fvd import I3D, frechet_distance, load_i3d, pixels
 
 # ---- the distance ------------------------------------------------------------------------------------------
@@ -137,9 +138,13 @@ class Program(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_torchscript(tmp_path):
+def test_torchscript(tmp_path, monkeypatch):
     path = tmp_path / "i3d_torchscript.pt"
     torch.jit.script(Program()).save(path)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="would be run, and not the published one"):
+        patch.setattr(torch.jit, "load", None)  # calling it would raise TypeError
+        load_i3d(path)
+    monkeypatch.setattr(fvd, "PROGRAM", hashlib.sha256(path.read_bytes()).hexdigest())
     video = torch.full((1, 10, 3, 32, 48), 255, dtype=torch.uint8)
     # Our own pixels are in [-1, 1], 224 wide; StyleGAN-V's program gets 0..255 of the video's own size.
     assert load_i3d(path)(video).tolist() == [[1, 224, 2]]

@@ -6,6 +6,8 @@ which is run as it is, or as the plain weights of VideoGPT, TATS and cd-fvd. Vid
 import math
 import zipfile
 from collections.abc import Callable
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from models.checkpoint import InputError, load, open_tensors
 
 SOURCES = ("i3d_torchscript.pt (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1) or i3d_"
            "pretrained_400.pt (https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt)")
+# A TorchScript file is a program: only the published one, of this SHA-256 and size in bytes, is run.
+PROGRAM = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+PROGRAM_SIZE = 51_235_320
 MIN_FRAMES = 10
 SIDE = 224  # pixels of what I3D sees
 # Channels of each Inception block: 1x1 | 1x1, 3x3 | 1x1, 3x3 | pool, 1x1.
@@ -131,8 +136,8 @@ def pixels(videos: Tensor, resize: str = "crop") -> Tensor:
 
 def load_i3d(path: str | Path | None, resize: str = "crop", device="cpu") -> Callable[[Tensor], Tensor]:
     """A function from videos uint8 (B F 3 H W) to logits (B 400), float32 on the CPU. `resize`: as in
-    `pixels`, or "inside" the TorchScript file, as StyleGAN-V. That file is a program, which the caller must
-    trust. Raises InputError."""
+    `pixels`, or "inside" the TorchScript file, as StyleGAN-V. Raises InputError, also for another program
+    than the published one."""
     if path is None:
         raise InputError(f"FVD needs {SOURCES}; pass the file as --i3d-ckpt FILE")
     script = is_script(Path(path))
@@ -140,11 +145,12 @@ def load_i3d(path: str | Path | None, resize: str = "crop", device="cpu") -> Cal
         raise InputError(f"{path}: plain weights do not resize; expected i3d_torchscript.pt, or --fvd-resize "
                          "crop or stretch")
     if script:
-        try:
-            net = torch.jit.load(path, map_location=device).eval()
-        except RuntimeError as error:
-            raise InputError(f"{path}: damaged TorchScript ({str(error).splitlines()[0]}); "
-                             f"expected {SOURCES}") from error
+        with open(path, "rb") as file:
+            program = file.read(PROGRAM_SIZE + 1)  # what is checked is what is run
+        if sha256(program).hexdigest() != PROGRAM:
+            raise InputError(f"{path}: a TorchScript program, which would be run, and not the published one or "
+                             f"damaged; expected {SOURCES}")
+        net = torch.jit.load(BytesIO(program), map_location=device).eval()
     else:
         tensors = open_tensors(path)
         with torch.device("meta"):
