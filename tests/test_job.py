@@ -170,6 +170,21 @@ def test_resume_starts_where_no_state_is_complete(tmp_path, finished, capsys):
         (out / "state" / "iter_00000001.tmp").mkdir(parents=True)  # killed while it saved its first
 
 
+@pytest.mark.parametrize("state", (True, False))
+def test_resume_continues_no_other_run(copy, state):
+    """dmd.py's settings in adm.py's folder, another model in the same: with and without a complete state."""
+    if not state:
+        shutil.rmtree(copy / "state")
+    for change, said in (({"script": "dmd"}, "dmd; this one is of adm"),
+                         ({"model": "tiny-sdxl"}, "--model tiny-sdxl; this one is of --model tiny-sd3")):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"args": config["args"] | change}))
+        before = contents(copy)
+        assert refusal(*SMALL, "--max-iter", 2, "--resume", "--out", copy) == f"--resume: {copy} holds a run of {said}"
+        assert contents(copy) == before
+        (copy / "config.json").write_text(json.dumps(config))
+
+
 def test_resume_does_not_start_where_a_run_has_ended(copy):
     shutil.rmtree(copy / "state")
     before = contents(copy)

@@ -43,6 +43,7 @@ def check_out(out: Path) -> None:
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
     """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
+    args.script = script  # config.json keeps it
     runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
     if args.out is None and args.resume == "newest" and runs:
         args.out = max(runs, key=lambda run: (bool(complete_states(run / "state")), run))
@@ -122,6 +123,7 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
         refused.append((path, next(filter(None, faults))))
     if refused:
         raise InputError(refused[0][1])
+    say_what_changed(args, out)
     if exported := sorted(out.glob("generator*.safetensors")):
         raise InputError(f"--resume: {out} holds no complete state but {exported[0].name} of a run that has "
                          "ended; expected another --out")
@@ -131,11 +133,14 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
 
 def say_what_changed(args: argparse.Namespace, started: Path) -> None:
     """A flag forgotten on the command line of --resume would otherwise change the run unnoticed. Raises
-    InputError for another --init than that of the run in the folder `started`."""
+    InputError for another script, --model or --init than that of the run in the folder `started`."""
     before, now = run_settings(started), json.loads(json.dumps(vars(args), default=str))
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
                if name not in ("out", "resume", "max_iter", "prompts_digest") and now.get(name, value) != value]
     changed += ["prompts"] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+    for name, said in (("script", ""), ("model", "--model ")):
+        if (was := before.get(name, now[name])) != now[name]:
+            raise InputError(f"--resume: {started} holds a run of {said}{was}; this one is of {said}{now[name]}")
     if before and before.get("init") != now.get("init"):  # the state does not tell what the network predicts
         raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this run was started")
     if changed:
