@@ -123,8 +123,9 @@ class Named:
         self.fields = fields
 
 
-class PlanUnpickler(pickle.Unpickler):
-    """Builds containers, numbers, texts and Named, and imports nothing."""
+class PlanUnpickler(pickle._Unpickler):
+    """Builds containers, numbers, texts and Named, and imports nothing. Of Python's own class: the one in C
+    takes as much memory as the largest number of a memo says."""
 
     def find_class(self, module: str, name: str) -> type:
         if name not in NAMES.get(module, ()):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sys
+import tracemalloc
 import zipfile
 from enum import Enum
 from types import ModuleType
@@ -197,6 +198,15 @@ def test_a_plan_changes_no_class(state):
         (state / ".metadata").write_bytes(program)
         refusal(state)
     assert (set(vars(ChunkStorageMetadata)), set(vars(Named))) == before
+
+
+def test_a_plan_takes_no_memory_for_a_number_in_it(state):
+    """LONG_BINPUT of 2^26: the memo of C's unpickler would be a table of a gigabyte."""
+    (state / ".metadata").write_bytes(b"\x80\x04Nr" + (2 ** 26).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    assert "refused or damaged" in refusal(state)
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 24
+    tracemalloc.stop()
 
 
 def replace_piece(state, content: bytes, key="theta.bias", entry=None):

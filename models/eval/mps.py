@@ -148,8 +148,9 @@ class NoCall(type):
         raise InputError(f"reading it would run code (it calls {cls.__name__})")
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Builds tensors, containers and objects that do nothing. Imports nothing."""
+class TensorUnpickler(pickle._Unpickler):
+    """Builds tensors, containers and objects that do nothing. Imports nothing. Of Python's own class: the one in
+    C takes as much memory as the largest number of a memo says."""
 
     def find_class(self, module: str, name: str):
         known = {  # wrapped, so that no state that a pickle sets reaches torch's own functions
