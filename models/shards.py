@@ -1,7 +1,7 @@
-"""Folders of shards: ODE pairs of collect_odes.py, and latents of real clips.
+"""Folders of shards: ODE pairs of collect_odes.py, latents of real clips, and encoded prompts.
 
-A shard is a file of x_T and x_0 (B C h w or B T C h w) and guidance scales w (B,), or of x_0 alone, with
-index (B,) and prompts (the bytes of a JSON list). manifest.json has the settings, the "count" asked for, and
+A shard is a file of x_T and x_0 (B C h w or B T C h w) and guidance scales w (B,), of x_0 alone, or of context
+(B L D), which the manifest then calls latents, and pooled (B P), whose width is in its "shapes", with index (B,) and prompts (the bytes of a JSON list). manifest.json has the settings, the "count" asked for, and
 the "shards" that are finished. A shard is written before the manifest names it: what is not named there does
 not count.
 """
@@ -33,11 +33,13 @@ class Kind(NamedTuple):
     noun: str
     command: str                # that makes and verifies the folder
     tensors: tuple[str, ...]
+    mend: str = "`{0} --verify --out {1}` checks every shard"  # command and folder
 
 
 # The manifest's "kind", and how its files' names begin; one without is of pairs.
 KINDS = {"pairs": Kind("ODE pairs", "collect_odes.py", ("x_T", "x_0", "w")),
-         "latents": Kind("latents of video clips", "python -m models.job.latents", ("x_0",))}
+         "latents": Kind("latents of video clips", "python -m models.job.latents", ("x_0",)),
+         "text": Kind("encoded prompts", "--cache-text", ("context", "pooled"), "remove {1}, and {0} makes it again")}
 
 
 def sha256(path: str | Path) -> str:
@@ -67,7 +69,7 @@ def kind_of(manifest: dict) -> str:
 
 def read_manifest(folder: str | Path, kind: str = "pairs") -> dict:
     """Raises InputError when there is none, it is damaged or it is of another kind."""
-    path, (noun, command, _) = Path(folder) / "manifest.json", KINDS[kind]
+    path, (noun, command, *_) = Path(folder) / "manifest.json", KINDS[kind]
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a folder of {noun} made by {command}")
     try:
@@ -124,6 +126,7 @@ def shard_fault(folder: str | Path, manifest: dict, entry: dict, every_byte: boo
         return "damaged header"
     kind, latents = kind_of(manifest), (n, *manifest["latent_shape"])
     expected = {name: (n,) if name == "w" else latents for name in KINDS[kind].tensors} | {"index": (n,)}
+    expected |= dict(pooled=(n, *manifest["shapes"]["pooled"])) if kind == "text" else {}
     wrong = [name for name, shape in expected.items() if tensors.shapes.get(name) != shape]
     if wrong or "prompts" not in tensors:
         return f"another shape of {some(wrong or ['prompts'])}"
@@ -236,7 +239,7 @@ class Pairs:
 
 
 def damaged(path: Path, fault: str, kind: Kind) -> str:
-    return f"{path}: {fault}; `{kind.command} --verify --out {path.parent}` checks every shard"
+    return f"{path}: {fault}; " + kind.mend.format(kind.command, path.parent)
 
 
 def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs") -> Pairs:

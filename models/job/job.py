@@ -27,9 +27,10 @@ from models.diffusion import Denoiser, generator_times, teacher_times
 from models.job.families import FAMILIES
 from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
-from models.job.networks import export, latent_shape, load_text, load_vae, open_denoiser, student_cfg
+from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
 from models.job.sampling import deviations, generate
+from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
@@ -71,7 +72,8 @@ class Job:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
             open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
-            self.text, self.vae = load_text(args, preset, mesh, device), load_vae(args, preset, device)
+            known = [*self.prompts, *preset.sample_prompts, *self.known_prompts()]
+            self.text, self.vae = open_text(args, preset, mesh, device, known), load_vae(args, preset, device)
             self.c_null = self.text.unconditional()
             few = self.prompts[:200]  # all of a large file would take minutes
             if few and is_main() and (cut := self.text.overlong(few)):

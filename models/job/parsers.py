@@ -88,6 +88,9 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
 def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
     """`training_parser` with the flags that ADM and its baseline DMD have in common."""
     parser, add = training_parser(script, doc)
+    memory, = (group for group in parser._action_groups if group.title == "memory and ranks")
+    memory.add_argument("--cache-text", type=Path, metavar="FOLDER",
+        help="encode every prompt into this folder, once, and train without the text encoders")
     add("--prompts", type=Path, nargs="+", help=".txt, .jsonl, .csv, .tsv or .json")
     add("--init", type=Path, metavar="RUN",
         help="start the generator from this run's, as of adp.py; with --lora-rank from its adapter")

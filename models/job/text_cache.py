@@ -1,0 +1,130 @@
+"""--cache-text FOLDER: every prompt of a run is encoded once, and then no text encoder is in memory.
+
+The folder is one of models/shards.py, of context (n L D) and pooled (n P) in the precision of the encoders, which
+loses nothing; the first entry is the unconditional. A later run encodes what it does not find there.
+"""
+import gc
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from models import shards
+from models.checkpoint import InputError, open_tensors
+from models.job.families import FAMILIES
+from models.job.folder import check_out, hold
+from models.job.networks import DTYPES, load_text, teacher_files
+from models.parallel import barrier, is_main, print0
+from models.parse import parse_json
+from models.presets import Preset
+from models.progress import bar
+from models.text import Cond, Text
+
+SHARD = 256  # prompts per file: of SD3 in bf16 0.7 GB
+BATCH = 16
+
+
+class CachedText:
+    """In place of the encoders, for the prompts that were encoded. Raises InputError for a damaged shard."""
+
+    def __init__(self, folder: Path, manifest: dict, device: torch.device):
+        self.pairs, self.device, self.places = shards.Pairs(folder, manifest), device, {}
+        for entry in self.pairs.shards:  # the other bytes are checked when they are first read
+            for prompt in prompts_of(folder / entry["file"], entry["count"]):
+                self.places[prompt] = len(self.places)
+
+    def encode(self, prompts: list[str | None]) -> Cond:
+        """Context (B L D) and pooled (B P) of these prompts, float32."""
+        context, pooled, _ = self.pairs.read([self.places[prompt] for prompt in prompts])
+        return Cond(context.to(self.device), pooled.to(self.device))
+
+    def unconditional(self) -> Cond:
+        return self.encode([None])
+
+    def overlong(self, prompts: list[str]) -> int:
+        return self.pairs.manifest["cut"]
+
+
+def prompts_of(path: Path, count: int) -> list[str | None]:
+    """Raises InputError for damaged ones."""
+    try:
+        prompts = parse_json(open_tensors(path)["prompts"].numpy().tobytes())
+        if len(prompts) != count or not all(isinstance(prompt, str | None) for prompt in prompts):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise InputError(shards.damaged(path, "damaged prompts", shards.KINDS["text"])) from None
+    return prompts
+
+
+def encode_shard(text: Text, null: Cond, folder: Path, first: int, prompts: list[str | None], dtype: torch.dtype,
+                 batches: int) -> dict | None:
+    """Write the conditions of these prompts, the entries from `first` on: their entry for the manifest. A rank
+    without prompts only takes part in the `batches` of the others, as the sharding of the encoders asks for."""
+    found, known = [null] * (None in prompts), [prompt for prompt in prompts if prompt is not None]
+    for start in range(0, batches * BATCH, BATCH):
+        encoded = text.encode(known[start:start + BATCH] or [""])
+        found += [encoded] * bool(known[start:])
+    if not prompts:
+        return None
+    context, pooled = (torch.cat(parts).to("cpu", dtype) for parts in zip(*found))
+    return shards.save_shard(folder, "text", first, dict(context=context, pooled=pooled), prompts)
+
+
+@torch.no_grad()
+def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prompts: list[str]) -> Text | CachedText:
+    """The text encoders, or with --cache-text what they give for these prompts and the unconditional; what is
+    not there yet is encoded. The ranks share the work. Raises InputError for a folder of other encoders."""
+    folder, precision = getattr(args, "cache_text", None), DTYPES[args.precision]
+    if folder is None:
+        return load_text(args, preset, mesh, device)
+    context, pooled = FAMILIES[preset.family].condition_shapes(preset)
+    same = dict(kind="text", model=args.model, size=[0, 0], latent_shape=context, shapes=dict(pooled=pooled),
+                precision=args.precision, **teacher_files(args, preset))
+    same = json.loads(json.dumps(same))
+    check_out(folder)
+    manifest = same | dict(count=0, shards=[])
+    if (folder / "manifest.json").exists():
+        manifest = shards.read_manifest(folder, "text")
+    changed = [f"{key} {value} (was {manifest.get(key)})" for key, value in same.items() if manifest.get(key) != value]
+    if changed:
+        raise InputError(f"{folder}: encoded with other settings: {', '.join(changed)}; expected another "
+                         "--cache-text or the flags and files that it was made with")
+    for entry in manifest["shards"]:
+        if fault := shards.shard_fault(folder, manifest, entry, every_byte=False):
+            raise InputError(shards.damaged(folder / entry["file"], fault, shards.KINDS["text"]))
+    there = set(CachedText(folder, manifest, device).places)
+    left = [prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in there]
+    barrier()  # every rank has read the folder before rank 0 writes there
+    if left:
+        text = load_text(args, preset, mesh, device)
+        print0(f"{folder}: {len(there)} prompts are encoded, {len(left)} left")
+        encode_left(text, folder, manifest, left, precision, len(there), text.overlong(prompts[:200]))
+        del text
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return CachedText(folder, shards.read_manifest(folder, "text"), device)
+
+
+def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None], dtype: torch.dtype, first: int,
+                cut: int) -> None:
+    """Write the conditions of these prompts as the entries from `first` on."""
+    rank, world, null = dist.get_rank(), dist.get_world_size(), text.unconditional()
+    if is_main():
+        hold(folder)
+        shards.sweep_shards(folder, manifest)
+        manifest["cut"] = cut
+    barrier()  # nobody writes before that is swept
+    parts = [(first + i, left[i:i + SHARD]) for i in range(0, len(left), SHARD)]
+    for start in bar(range(0, len(parts), world), disable=not is_main(), unit="shard"):
+        batches = -(-len(parts[start][1]) // BATCH)  # no shard is longer than the one before it
+        mine = (parts[start:] + world * [(0, [])])[rank]  # in the last round some ranks have none
+        made = encode_shard(text, null, folder, *mine, dtype, batches)
+        gathered = [None] * world if is_main() else None
+        dist.gather_object(made, gathered)
+        for entry in filter(None, gathered or ()):
+            manifest["count"] += entry["count"]
+            shards.add_shard(folder, manifest, entry)
+    barrier()  # the manifest is written before it is read

@@ -1,0 +1,99 @@
+"""--cache-text: the same bits as with the encoders, which are loaded only for prompts that are new."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, refusal_of
+
+import adm
+import dmd
+from models.job import text_cache
+from models.shards import read_manifest
+
+SMALL = ["--batch-size", 2, "--micro-batch", 1, "--max-iter", 2, "--evaluate", 0, "--lora-rank", 4, "--fake-lora", 4]
+
+
+def train(*flags, script=adm):
+    script.main(script.parse_args(list(map(str, flags))))
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["loss_psi"], row["loss_theta"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square on white\na small ring\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cached(prompts):
+    """A folder of encoded prompts and what a run gave with it."""
+    folder = prompts.parent / "text"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_cache, "SHARD", 8)
+        patch.setattr(text_cache, "BATCH", 3)
+        train(*SMALL, "--prompts", prompts, "--cache-text", folder, "--out", prompts.parent / "first")
+    return folder, losses(prompts.parent / "first")
+
+
+def test_the_same_bits_as_with_the_encoders(cached, prompts, tmp_path):
+    train(*SMALL, "--prompts", prompts, "--out", tmp_path)
+    assert losses(tmp_path) == cached[1]
+
+
+def test_the_encoders_are_not_loaded_again(cached, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_cache, "load_text", None)  # calling it would raise TypeError
+    train(*SMALL, "--prompts", prompts, "--cache-text", cached[0], "--out", tmp_path)
+    assert losses(tmp_path) == cached[1]
+    train(*SMALL, "--prompts", prompts, "--cache-text", cached[0], "--out", tmp_path / "dmd", script=dmd)
+
+
+def test_new_prompts_are_added(cached, tmp_path, capsys):
+    folder = tmp_path / "text"
+    shutil.copytree(cached[0], folder)
+    before = read_manifest(folder, "text")
+    (tmp_path / "more.txt").write_text("a red circle\na yellow cross\na green cross\n")
+    train(*SMALL, "--prompts", tmp_path / "more.txt", "--cache-text", folder, "--out", tmp_path / "run")
+    assert f"{folder}: {before['count']} prompts are encoded, 2 left\n" in capsys.readouterr().out
+    after = read_manifest(folder, "text")
+    assert after["count"] == before["count"] + 2 and after["shards"][:-1] == before["shards"]
+
+
+def test_what_is_refused(cached, prompts, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(cached[0], folder)
+    flags = [*map(str, SMALL), "--prompts", str(prompts), "--cache-text", str(folder), "--out", str(tmp_path / "run")]
+    said = refusal_of("adm.py", *flags, "--no-t5", printed="loading .*\n")
+    assert said == (f"adm.py: {folder}: encoded with other settings: no_t5 True (was False); expected another --cache-text "
+                    "or the flags and files that it was made with\n")
+    shard = folder / read_manifest(folder, "text")["shards"][0]["file"]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    mend = f"remove {folder}, and --cache-text makes it again"
+    assert refusal_of("adm.py", *flags, printed=".*") == (
+        f"adm.py: {shard}: its sha256 is not that of the manifest; {mend}\n")
+    shard.write_bytes(content[:-1])
+    assert refusal_of("adm.py", *flags, printed=".*").endswith(f"expected {len(content)}; {mend}\n")
+
+
+def test_two_ranks_write_the_same_shards(cached, prompts, tmp_path):
+    code = ("import sys; from models.job import text_cache; text_cache.SHARD, text_cache.BATCH = 8, 3; import adm;"
+            "adm.main(adm.parse_args(sys.argv[1:]))")
+    (tmp_path / "two.py").write_text(code)
+    flags = [*map(str, SMALL), "--prompts", str(prompts), "--cache-text", str(tmp_path / "text"), "--out",
+             str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", tmp_path / "two.py",
+                           *flags], env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_manifest(folder, "text")["shards"] for folder in (cached[0], tmp_path / "text"))
+    assert two == one
+    assert torch.tensor(losses(tmp_path / "run")).allclose(torch.tensor(cached[1]), rtol=1e-4)
