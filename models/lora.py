@@ -118,6 +118,7 @@ OLD = (  # spellings of diffusers before it used peft, and of MotionLoRA
     (re.compile(r"\.lora(_linear_layer)?\.(down|up)\.weight$"), r".lora_\2.weight"),
     (re.compile(r"\.to_out\.lora_"), ".to_out.0.lora_"))
 PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.alpha")
+SLOW = re.compile(r"\)[*+?{]|([*+?{][^*+?{]*){3}")  # a group repeated, or three repetitions in one pattern
 OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|(diff|diff_b|[wb]_norm)$)")
 
 
@@ -150,11 +151,13 @@ def peft_config(tensors: Tensors) -> dict:
         return {}
     config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
     try:
-        alphas = dict(config.get("alpha_pattern") or {}) | {"": config.get("lora_alpha", 1)}
-        for pattern, alpha in alphas.items():
-            re.compile(pattern)
+        patterns = dict(config.get("alpha_pattern") or {})
+        for pattern, alpha in patterns.items() | {("", config.get("lora_alpha", 1))}:
             if type(alpha) not in (int, float) or not math.isfinite(alpha):
                 raise ValueError(f"{short(alpha, 40)} for a number")
+            if SLOW.search(pattern):
+                raise ValueError(f"{short(pattern, 40)}, a pattern that may take forever")
+        config["alphas"] = [(re.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in patterns.items()]
     except (TypeError, ValueError, re.error) as error:
         raise InputError(f"{place}: expected {what}, found a lora_alpha or alpha_pattern that is none "
                          f"({short(error)})") from error
@@ -163,8 +166,7 @@ def peft_config(tensors: Tensors) -> dict:
 
 def peft_scale(config: dict, module: str, rank: int) -> float:
     """alpha / rank by peft's rules. rank_pattern is not needed: the tensors' shapes hold the ranks."""
-    patterns = (config.get("alpha_pattern") or {}).items()
-    matching = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    matching = (alpha for pattern, alpha in config.get("alphas", ()) if pattern.match(module))
     alpha = next(matching, config.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

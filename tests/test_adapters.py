@@ -200,7 +200,8 @@ def test_a_file_without_alpha_is_announced(sdxl, tmp_path, metadata):
 
 @pytest.mark.parametrize("config", ['{"lora_alpha": null}', '{"lora_alpha": 4', "[1]", "", '{"lora_alpha": true}',
                                     '{"lora_alpha": 4, "alpha_pattern": [2]}', '{"alpha_pattern": {"to_q": "x"}}',
-                                    '{"alpha_pattern": {"(": 1}}', '{"lora_alpha": NaN}'])
+                                    '{"alpha_pattern": {"(": 1}}', '{"lora_alpha": NaN}',
+                                    '{"alpha_pattern": {"(to_q|to_k)+x": 1}}', '{"alpha_pattern": {".*.*.*x": 1}}'])
 def test_damaged_settings_of_peft_are_one_sentence(sdxl, tmp_path, config):
     written(*sdxl, tmp_path)
     (tmp_path / "new.safetensors").rename(tmp_path / "adapter_model.safetensors")

@@ -5,6 +5,7 @@ import pickle
 import random
 import struct
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from safetensors.torch import save
 from models.checkpoint import InputError, check_values, open_tensors
 from models.data import read_prompts
 from models.eval.prompt_sets import prompt_set
+from models.job.families import FAMILIES
 from models.job.notes import export_notes, run_settings
+from models.lora import read_lora
+from models.presets import PRESETS
+from models.sdxl_unet import UNet
 from models.shards import read_manifest
 from models.text_encoders import checked_class
 
-EACH = 160  # mutations of each file: 2,240 in all, 3 s
+EACH = 160  # mutations of each file: 2,400 in all, 4 s
 PIECES = [b"null", b"-1", b"1e999", b"NaN", b"1.5", b"true", b'"', b"'", b"[", b"]", b"{", b"}", b"{}", b"[]", b",", b":", b"\\", b"\0",
           b"\n", b"\r", b"\t", b"\xef\xbb\xbf", b"\xff", b"\\ud83d", b'"shape":', b'"F4"', b"99999999999999999999", b"__metadata__"]
 
@@ -60,6 +65,21 @@ def read_all(path):
         check_values(tensors, name, tensors[name], floating=True)
 
 
+@cache
+def sdxl():
+    with torch.device("meta"):
+        return UNet(**PRESETS["tiny-sdxl"].config)
+
+
+def read_adapter(path):
+    """Peft's settings, beside the weights of an adapter."""
+    module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"base_model.model.{module}.lora_{side}.weight": torch.ones(shape)
+               for side, shape in (("A", (4, 64)), ("B", (64, 4)))}
+    path.with_name("adapter_model.safetensors").write_bytes(save(weights))
+    read_lora(open_tensors(path.with_name("adapter_model.safetensors")), sdxl(), FAMILIES["unet"].names)
+
+
 TENSORS = {"net.a": torch.randn(3, 4), "net.b": torch.randn(4).half(), "net.c": torch.zeros(()).bfloat16()}
 RECORDS = [{"path": "a.mp4", "cap": ["A man, talking."], "fps": 24}, {"prompt": "a \"quoted\" café", "data": 3},
            {"data": {"x-1": {"caption": {"content": "A hand."}}}}]
@@ -81,6 +101,8 @@ CASES = {
     "x.pkl": (pickle.dumps(["a caption", "another"], 2), prompt_set),
     "config.json": (json.dumps({"args": SETTINGS, "preset": {}}), lambda path: run_settings(path.parent)),
     "manifest.json": (json.dumps(MANIFEST), lambda path: read_manifest(path.parent)),
+    "adapter_config.json": (json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "alpha_pattern":
+                                        {"to_q": 2, ".*attn1\\.(to_k|to_v)": 3}}), read_adapter),
     "tokenizer_config.json": (json.dumps({"tokenizer_class": "CLIPTokenizer", "extra_ids": 0}), checked_class),
 }
 
