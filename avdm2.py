@@ -71,10 +71,12 @@ def main(args):
     if args.sdm == "2d" and args.frames_sdm > args.frames:
         raise InputError(f"--frames-sdm {args.frames_sdm}: expected at most the clip's {args.frames} frames")
     clips.check_flags(args, preset)
+    args_2d, preset_2d = networks.frame_model(args, preset)
+    if args.teacher_2d and not args.random_weights:
+        networks.open_denoiser(args_2d, preset_2d)  # a wrong file is refused before the others are loaded
     job = Job(__file__, args, preset, mesh, device)
     real = clips.open_clips(job)
     load = partial(networks.load_network, args, preset, mesh, device)
-    args_2d, preset_2d = networks.frame_model(args, preset)
     load_2d = partial(networks.load_network, args_2d, preset_2d, mesh, device)
 
     F_phi = Denoiser(load(), preset.predicts, preset.schedule)

@@ -15,7 +15,7 @@ from models.job.job import Job
 from models.job.latents import vae_digest
 from models.parallel import print0
 from models.presets import Preset
-from models.shards import open_pairs
+from models.shards import open_pairs, read_manifest
 from models.text import Cond
 from models.videos import Clips
 
@@ -23,7 +23,8 @@ SEED = 1000  # of clips that are drawn; the held-out ones have others
 
 
 def check_flags(args: argparse.Namespace, preset: Preset) -> None:
-    """Before any file is opened: raises InputError where the flags name no real clips, or two sources."""
+    """Before a network is loaded: raises InputError where the flags name no real clips, or two sources, and for
+    a damaged manifest of --latents."""
     given, drawn = bool(args.videos) + bool(args.latents), bool(preset.data) or args.random_weights
     if given > 1 or args.table and not args.videos or not (given or drawn):
         raise InputError(f"--model {args.model}: expected real clips from --videos FOLDER, with --prompts FILE.csv "
@@ -31,6 +32,8 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
     if not given and not args.random_weights and tuple(args.size) != preset.size:
         raise InputError(f"--size {args.size[0]} {args.size[1]}: the clips of {args.model} are drawn at "
                          f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
+    if args.latents:
+        read_manifest(args.latents, "latents")
 
 
 def open_clips(job: Job) -> Callable[[list[int]], tuple[Tensor, Cond]]:

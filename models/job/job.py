@@ -72,8 +72,9 @@ class Job:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
             open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
+            self.vae = load_vae(args, preset, device)
             known = [*self.prompts, *preset.sample_prompts, *self.known_prompts()]
-            self.text, self.vae = open_text(args, preset, mesh, device, known), load_vae(args, preset, device)
+            self.text = open_text(args, preset, mesh, device, known)
             self.c_null = self.text.unconditional()
             few = self.prompts[:200]  # all of a large file would take minutes
             if few and is_main() and (cut := self.text.overlong(few)):
