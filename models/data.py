@@ -7,6 +7,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
@@ -216,6 +217,27 @@ def noise(shape: tuple[int, ...], seed: int, iteration: int, purpose: str, indic
         philox = np.random.Philox(key=hashed(seed, iteration, purpose, index))
         np.random.Generator(philox).standard_normal(dtype=np.float32, out=draw)
     return torch.from_numpy(draws)
+
+
+class NoiseAhead:
+    """`noise` of one iteration after another: that of the next is made in a thread while the caller works, pinned
+    where a GPU will copy it."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int):
+        self.shape, self.seed, self.thread = shape, seed, ThreadPoolExecutor(1)
+        self.ready: dict[tuple, tuple[int, Future]] = {}
+
+    def draw(self, iteration: int, purpose: str, indices: Sequence[int]) -> Tensor:
+        x = noise(self.shape, self.seed, iteration, purpose, indices)
+        return x.pin_memory() if torch.cuda.is_available() else x
+
+    def __call__(self, iteration: int, purpose: str, indices: Sequence[int]) -> Tensor:
+        """(len(indices), *shape) float32 on the CPU."""
+        key = purpose, *indices
+        when, ahead = self.ready.get(key, (None, None))
+        x = ahead.result() if when == iteration else self.draw(iteration, purpose, indices)
+        self.ready[key] = iteration + 1, self.thread.submit(self.draw, iteration + 1, purpose, indices)
+        return x
 
 
 def uniform(seed: int, iteration: int, purpose: str, indices: Sequence[int]) -> Tensor:

@@ -219,6 +219,7 @@ def measure(script: str, argv: list[str], config: dict, counted: LiveBytes) -> d
         for owner, names in {
             script: dict(init_distributed=mesh),
             data: dict(noise=lambda shape, seed, iteration, name, indices: torch.empty(len(indices), *shape),
+                       NoiseAhead=lambda shape, seed: lambda iteration, name, indices: torch.empty(len(indices), *shape),
                        uniform=lambda seed, iteration, name, indices: torch.empty(len(indices))),
             job: dict(count_stuck=lambda params, lr: (0, sum(p.numel() for p in params))),
             job.Job: dict(print_profile=lambda self: peaks.update(self.gib)),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import data
 from models.checkpoint import InputError
 from models.data import append_jsonl, digest, noise, prompt_index, read_prompts, truncate_jsonl, uniform
 
@@ -196,6 +197,18 @@ def test_every_part_of_the_counter_counts():
     correlation = torch.corrcoef(draws) - torch.eye(len(keys))
     assert correlation.abs().max() < 0.3  # 4.8 standard errors at 256 values
     assert len({uniform(*key[:3], [key[3]]).item() for key in keys}) == len(keys)
+
+
+def test_noise_ahead_is_the_noise_of_any_order_of_iterations(monkeypatch):
+    """Also where an iteration is left out, as after a resume, or asked for twice; the next one's is ready."""
+    ahead, made = data.NoiseAhead((3,), 5), []
+    draw = ahead.draw
+    monkeypatch.setattr(ahead, "draw", lambda *args: made.append(args[0]) or draw(*args))
+    for iteration in (1, 2, 3, 3, 9, 10):
+        for name, indices in (("z", [0, 1]), ("z", [2, 3]), ("z_f", [0, 1])):
+            assert torch.equal(ahead(iteration, name, indices), noise((3,), 5, iteration, name, indices))
+    ahead.thread.shutdown()
+    assert made.count(2) == 3 and made.count(10) == 3  # once each, ahead
 
 
 def test_draws_have_the_right_distribution():

@@ -294,8 +294,9 @@ def damaged(path, kind):
     if kind == "pickle":
         torch.save({"state_dict": tensors, "args": argparse.Namespace(lr=1)}, path.with_suffix(".ckpt"))
         return path.with_suffix(".ckpt"), "refused, because reading it would run code (it calls argparse.Namespace)"
-    if kind == "denoiser only":
-        tensors, words = {key: t for key, t in tensors.items() if key.startswith(DENOISER)}, "no text encoders; expected"
+    if kind == "no text":
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("text_encoders.")}
+        words = "no text encoders; expected"
     elif kind == "no VAE":
         tensors = {key: t for key, t in tensors.items() if not key.startswith("first_stage_model.")}
         words = "expected tensors named first_stage_model.*, found "
@@ -324,7 +325,7 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    "absent", "truncated", "no checkpoint", "pickle", "denoiser only", "no VAE", "VAE of another layout", "no T5",
+    "absent", "truncated", "no checkpoint", "pickle", "no text", "no VAE", "VAE of another layout", "no T5",
     "SDXL", "missing", "missing size", "missing in VAE", "missing in text", "extra", "extra in VAE", "extra in text", "shape", "shape of size"])
 def test_checkpoints_that_do_not_fit(tmp_path, kind):
     path, words = damaged(tmp_path / "x.safetensors", kind)

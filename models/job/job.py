@@ -48,8 +48,7 @@ class Job:
     def __init__(self, script: str, args: argparse.Namespace, preset: Preset, mesh: DeviceMesh,
                  device: torch.device):
         self.args, self.preset, self.device = args, preset, device
-        script = Path(script).stem
-        self.out = run_folder(args, script)
+        self.out = run_folder(args, Path(script).stem)
         # Ranks that share the tokens of their samples have the same samples.
         M, group = args.micro_batch, args.sequence_parallel
         rank, world = dist.get_rank() // group, dist.get_world_size() // group
@@ -58,6 +57,7 @@ class Job:
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
         self.latent_shape, self.fps = latent_shape(args, preset), FAMILIES[preset.family].fps
+        self.latents, self.random = data.NoiseAhead(self.latent_shape, args.seed), []
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
@@ -65,7 +65,7 @@ class Job:
         # With --videos: what was wrong with this rank's first bad ones, and how many it met in this iteration.
         self.faults, self.bad_videos = None, 0
         if args.random_weights:
-            if script == "adp":  # the only one to decode while it trains
+            if args.script == "adp":  # the only one to decode while it trains
                 self.vae = load_vae(args, preset, device)
             self.c_null = self.random_conditions([0])
         else:
@@ -95,7 +95,7 @@ class Job:
 
     def noise(self, name: str, indices: list[int]) -> Tensor:
         """Standard normal latents (B C H W), of videos (B T C H W)."""
-        return data.noise(self.latent_shape, self.args.seed, self.global_iter, name, indices).to(self.device)
+        return self.latents(self.global_iter, name, indices).to(self.device, non_blocking=True)
 
     def uniform(self, name: str, indices: list[int]) -> Tensor:
         """U[0, 1), (B,)."""
@@ -113,8 +113,9 @@ class Job:
     def conditions(self) -> list[Cond]:
         """One prompt per global sample index, for each micro-batch; the same for both updates of an iteration.
         Encoded together: sharded or offloaded encoders are gathered once."""  # [choice]
-        if self.text is None:
-            return [self.random_conditions(indices) for indices in self.micro_batches]
+        if self.text is None:  # made once, or --profile would measure it
+            self.random = self.random or [self.random_conditions(indices) for indices in self.micro_batches]
+            return self.random
         indices, size = sum(self.micro_batches, []), len(self.micro_batches[0])
         prompts = [self.prompts[i] for i in self.shuffled(indices, len(self.prompts))]
         return [Cond(*parts) for parts in zip(*(part.split(size) for part in self.text.encode(prompts)))]
