@@ -27,6 +27,10 @@ def parse_args(argv=None):
     add("--prompts", help=f"file, or a set by name: {', '.join(PROMPT_SETS)}; default: the preset's")
     add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
+    add("--shift", type=float, metavar="X",
+        help="sample as a few-step student: even times, shifted by X (1: not), no guidance by default")
+    add("--times", type=float, nargs="+", metavar="T", help="a student's times themselves, of 1 down, as 1 0.75 0.5 0.25")
+    add("--renoise", action="store_true", help="fresh noise between the steps, as LCM and DMD2 are sampled")
     add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
     add("--batch", type=int, default=4, help="pictures per forward")
     add("--out", type=Path, default=Path("samples"), help="folder, for samples of one generator and settings")
@@ -127,9 +131,13 @@ def main(args):
     check_out(args.out)
     base = export_notes(source(args, preset))
     metadata = base | notes
-    student = "dmdx.steps" in metadata
-    steps = args.steps or int(metadata.get("dmdx.steps", preset.teacher_steps))
-    shift = float(metadata.get("dmdx.shift", preset.shift))
+    student = "dmdx.steps" in metadata or args.times is not None or args.shift is not None
+    steps = args.steps or int(metadata.get("dmdx.steps", preset.steps if student else preset.teacher_steps))
+    shift = args.shift or float(metadata.get("dmdx.shift", preset.shift))
+    if args.times:
+        if args.steps or args.shift or any(t <= s for t, s in zip(args.times, args.times[1:])):
+            raise InputError(f"--times {' '.join(map(str, args.times))}: expected falling times, no --steps and no --shift")
+        steps = len(args.times)
     guidance = float(metadata.get("dmdx.cfg", 1)) if student else preset.teacher_cfg
     cfg = args.cfg if args.cfg is not None else guidance
     if args.prompt is not None:
@@ -139,6 +147,7 @@ def main(args):
     size = [args.frames] * bool(preset.frames) + list(args.size)
     settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
                     ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
+    settings |= {name: str(value) for name in ("shift", "times", "renoise") if (value := getattr(args, name))}
     refuse_other_samples(args.out, settings, prompts)
 
     family = FAMILIES[preset.family]
@@ -152,15 +161,19 @@ def main(args):
     lora.merge_lora(net, adapter, args.lora_scale)
     # With an adapter the network may predict something else than its base.
     preset = preset._replace(**parametrisation(metadata))
-    F = Denoiser(net, preset.predicts, preset.schedule, renoise=metadata.get("dmdx.rollout") == "renoise")
-    tn = (generator_times if student else teacher_times)(steps, shift, F.schedule).to(device)
+    renoise = args.renoise or metadata.get("dmdx.rollout") == "renoise"
+    F = Denoiser(net, preset.predicts, preset.schedule, renoise=renoise)
+    tn = (generator_times if student else teacher_times)(steps, shift, F.schedule)
+    if args.times:
+        tn = torch.tensor([0.0, *args.times[::-1]])
+        tn = tn if F.schedule == "flow" else (1000 * tn).round() / 1000
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
     shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at
     block = args.batch * dist.get_world_size() // args.sequence_parallel
     for first in bar(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):
         part = prompts[first:first + block]
-        images = sampling.generate(F, text, vae, part, tn, shape, args.seed, None if cfg == 1 else cfg,
+        images = sampling.generate(F, text, vae, part, tn.to(device), shape, args.seed, None if cfg == 1 else cfg,
                                    args.batch, preset.decode_batch, args.sequence_parallel,
                                    args.context_parallel, first)
         for i, image in enumerate(images if is_main() else (), first):

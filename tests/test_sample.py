@@ -128,6 +128,23 @@ def test_a_run_is_sampled_with_its_own_steps_and_no_guidance(monkeypatch, tmp_pa
     assert torch.equal(tn, generator_times(4, ROW.shift)) and cfg == 2
 
 
+def test_other_students(monkeypatch, tmp_path):
+    """Few even times without guidance, or those named; a student of others says nothing of itself."""
+    tn, cfg = settings(monkeypatch, tmp_path, "--shift", 1, "--steps", 4)
+    assert torch.equal(tn, generator_times(4, 1.0)) and cfg is None
+    tn, _ = settings(monkeypatch, tmp_path, "--shift", 3)
+    assert torch.equal(tn, generator_times(ROW.steps, 3.0))
+    tn, cfg = settings(monkeypatch, tmp_path, "--times", 1, 0.75, 0.5, 0.25, "--cfg", 2)
+    assert tn.tolist() == [0, 0.25, 0.5, 0.75, 1] and cfg == 2
+    tn, _ = settings(monkeypatch, tmp_path, "--model", "tiny-sdxl", "--times", 0.40049)  # DDPM's are n / 1000
+    assert tn.tolist() == pytest.approx([0, 0.4])
+    along, again = (pictures(tmp_path / name, "--count", 1, "--shift", 1, "--steps", 2, *flags)
+                    for name, flags in (("along", ()), ("again", ["--renoise"])))
+    once, = pictures(tmp_path / "once", "--count", 1, "--shift", 1, "--steps", 1, "--renoise")
+    assert along[0].tobytes() != again[0].tobytes()
+    assert once.tobytes() == pictures(tmp_path / "one", "--count", 1, "--shift", 1, "--steps", 1)[0].tobytes()
+
+
 # ---- exports ------------------------------------------------------------------------------------------------------
 
 def test_a_run_folder_gives_the_pictures_of_the_run(tmp_path, finished):
@@ -245,6 +262,8 @@ def test_the_same_settings_again_shorter_or_longer(tmp_path):
     (["--ckpt", "runs/nowhere"], "runs/nowhere: no such file or folder; expected a checkpoint or a run folder"),
     (["--lora", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["--lora", ROW.ckpt], f"{ROW.ckpt}: expected LoRA keys"),
+    (["--times", 0.5, 1], "--times 0.5 1.0: expected falling times"), (["--times", 0], "--times 0: expected at least"),
+    (["--times", 1, "--steps", 1], "--times 1.0: expected falling times, no --steps"), (["--shift", 0], "--shift 0"),
     (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
 def test_refused_in_words(tmp_path, flags, words):

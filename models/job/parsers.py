@@ -49,7 +49,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those who only sample
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None)  # for those without
     return parser
 
 

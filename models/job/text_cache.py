@@ -76,7 +76,7 @@ def encode_shard(text: Text, null: Cond, folder: Path, first: int, prompts: list
 def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prompts: list[str]) -> Text | CachedText:
     """The text encoders, or with --cache-text what they give for these prompts and the unconditional; what is
     not there yet is encoded. The ranks share the work. Raises InputError for a folder of other encoders."""
-    folder, precision = getattr(args, "cache_text", None), DTYPES[args.precision]
+    folder, precision = args.cache_text, DTYPES[args.precision]
     if folder is None:
         return load_text(args, preset, mesh, device)
     context, pooled = FAMILIES[preset.family].condition_shapes(preset)
