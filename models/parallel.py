@@ -128,8 +128,10 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         # The root too: gathered by a last forward without gradient, its weights would miss the
         # optimizer's step.
         reshard_after_forward=True)
-    # One process in float32 has nothing to share or cast; FSDP's hooks cost as much as a tiny network itself.
-    alone = mesh.size() == 1 and dtype == torch.float32 and not offload
+    # One process shares nothing and may have nothing to cast (adapters cast themselves): FSDP's hooks cost as
+    # much as a tiny network itself.
+    cast = any(p.dtype != dtype for name, p in net.named_parameters() if ".lora_" not in name)
+    alone = mesh.size() == 1 and not cast and not offload
     for block in net.blocks():
         if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -7,6 +7,7 @@ import torch
 from conftest import golden, states_saved
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import adm
 import adp
@@ -17,6 +18,7 @@ from models.animatediff import AnimateDiff
 from models.checkpoint import InputError, open_tensors
 from models.job.families import FAMILIES
 from models.lora import add_lora, lora_layers, lora_state, merge_lora, read_lora, save_diffusers, save_kohya
+from models.parallel import init_distributed, shard
 from models.presets import PRESETS
 from models.sdxl_unet import UNet
 
@@ -311,3 +313,27 @@ def test_an_adapter_of_another_family_is_refused_before_the_network_is_loaded(sd
             run(sample, tmp_path / "out", "--model", model, "--lora", tmp_path / "new.safetensors")
         assert "new.safetensors: expected LoRA keys of this model's modules, found: unet." in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_one_process_in_bf16_needs_no_fsdp(model):
+    """Frozen weights are in the computation's type already and adapters cast themselves: the same output, and
+    gradients, as with the hooks of FSDP."""
+    _, mesh = init_distributed()
+    outputs, grads = [], []
+    for forced in (False, True):
+        net, inputs = build(model)
+        add_lora(net.bfloat16(), NAMES[model], "generator", rank=4)
+        train(net, "generator")
+        if forced:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+            for block in [*net.blocks(), net]:
+                fully_shard(block, mesh=mesh["shard"], mp_policy=policy)
+        else:
+            assert not isinstance(shard(net, mesh, torch.bfloat16), FSDPModule)
+        outputs.append(net(*inputs, lora=("generator",)).float())
+        outputs[-1].square().sum().backward()
+        grads.append(torch.cat([(p.grad.full_tensor() if forced else p.grad).flatten()
+                                for name, p in net.named_parameters() if ".lora_" in name]))
+    assert torch.equal(*outputs)
+    assert grads[0].dtype == torch.float32
+    assert (grads[0] - grads[1]).norm() < 1e-2 * grads[1].norm()  # FSDP's are of bf16, whose step is 4e-3
