@@ -115,9 +115,9 @@ def barrier() -> None:
 # ---- sharding ----------------------------------------------------------------------------------------------
 
 def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False,
-          checkpointing: bool = False) -> nn.Module:
-    """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload,
-    and non-reentrant activation checkpointing inside each unit. In place, also on `meta`."""
+          checkpointing: bool = False, compiled: bool = False) -> nn.Module:
+    """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload, and
+    non-reentrant activation checkpointing and torch.compile inside each unit. In place, also on `meta`."""
     cuda = mesh.device_type == "cuda"
     options = dict(
         mesh=mesh if mesh.shape[0] > 1 else mesh["shard"],
@@ -133,7 +133,10 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     cast = any(p.dtype != dtype for name, p in net.named_parameters() if ".lora_" not in name)
     alone = mesh.size() == 1 and not cast and not offload
     for block in net.blocks():
-        if checkpointing:  # as an instance attribute: parameter names stay those of the checkpoint
+        # As instance attributes: parameter names stay those of the checkpoint.
+        if compiled:  # within the checkpointing, which Dynamo would leave out
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         if not alone:
             fully_shard(block, **options)

@@ -45,6 +45,7 @@ profile() {  # script, model, micro-batch
 step env 30 $CHECK env
 step tiny_cuda 50 $PYTHON adm.py --max-iter 40 --evaluate 32 --sample-every 20 --out "$RUNS/tiny"
 step sd3_fakelora_m1 45 $(profile adm $SD3 1) --fake-lora $LORA
+step sd3_fakelora_m1_compile 110 $(profile adm $SD3 1) --fake-lora $LORA --compile
 step sd3_fakelora_m4 45 $(profile adm $SD3 4) --fake-lora $LORA
 step sdxl_adm_m4_offload 110 $(profile adm $SDXL 4) --offload
 step sdxl_adp_m4_offload 80 $(profile adp $SDXL 4) --offload

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import ThreadingHTTPServer
 
 import numpy as np
@@ -14,6 +15,7 @@ import test_checkpoint as hub
 import torch
 from conftest import ROOT, golden, refusal_of
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 from tqdm import tqdm
 
 import adm
@@ -513,3 +515,22 @@ def test_precision_of_the_vae(flags, dtype):
     device, _ = init_distributed()
     args = adm.parse_args(flags)
     assert {p.dtype for p in load_vae(args, resolve(args), device).parameters()} == {dtype}
+
+
+def test_compiled_blocks_give_the_same(monkeypatch):
+    """With --compile, and checkpointing around it. Dynamo's graphs are run as they are: compiling takes minutes."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    device, mesh = init_distributed()
+    outputs, grads = [], []
+    for flags in ([], ["--compile"]):
+        args = adm.parse_args(["--model", "tiny-cogvideox", *flags])
+        preset = resolve(args)
+        args.no_checkpointing = False
+        net = load_network(args, preset, mesh, device, trainable=True)
+        torch.manual_seed(0)
+        outputs.append(net(torch.randn(2, 3, 4, 8, 8), torch.tensor([0.5, 0.9]), (torch.randn(2, 12, 128), torch.zeros(2, 0))))
+        outputs[-1].square().sum().backward()
+        grads.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert counter.frame_count > 0 and torch.equal(*outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -95,7 +95,7 @@ def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, t
         lora.add_lora(net, family.names, name, rank)
     if args.sequence_parallel > 1:
         sequence_parallel(net, neighbours(args.sequence_parallel))
-    shard(net, mesh, compute, args.offload, checkpointing=not args.no_checkpointing)
+    shard(net, mesh, compute, args.offload, checkpointing=not args.no_checkpointing, compiled=args.compile)
     materialise(net, device, args.offload)
     if tensors is None:
         fill_random(net, args.seed)

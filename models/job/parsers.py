@@ -43,6 +43,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
     add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
+    add("--compile", action="store_true", help="torch.compile of each block of the denoisers")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--sequence-parallel", type=int, default=1, metavar="K", help="ranks that share each video's tokens")
     add("--context-parallel", type=int, metavar="K",
