@@ -31,7 +31,7 @@ def curve(rows: list[dict], figure) -> list[tuple[int, float]]:
     known = [(row["gen_iter"], figure(row)) for row in rows]
     known = [(i, value) for i, value in known if value is not None]
     return [(known[k][0], mean([value for _, value in known[max(0, k + 1 - WINDOW):k + 1]]))
-            for k in range(min(WINDOW, len(known)) - 1, len(known))]
+            for k in range(max(0, min(WINDOW, len(known)) - 1), len(known))]
 
 
 def draw_panel(title: str, curves: list[list[tuple[int, float]]]) -> Image.Image:
