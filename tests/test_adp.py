@@ -259,7 +259,7 @@ def test_an_epoch_reads_every_pair_with_its_own_prompt(tmp_path, stubs, monkeypa
         places = torch.tensor([float(prompts.index(text)) for text in texts])
         return Cond(places[:, None, None], torch.zeros(len(texts), 1))
     text = SimpleNamespace(encode=encode, unconditional=lambda: None)
-    monkeypatch.setattr(job_module, "load_text", lambda *_: text)
+    monkeypatch.setattr(job_module, "open_text", lambda *_: text)
     G = Net(lambda x_t, t: x_t)
     stubs(G)
     monkeypatch.setattr(networks, "export", lambda *_: None)
@@ -479,7 +479,7 @@ def test_adm_starts_from_it_and_keeps_it_apart_from_the_teacher(tmp_path, monkey
 def test_pairs_that_do_not_fit(tmp_path, monkeypatch, stubs, pairs):
     stubs(Net(lambda x_t, t: x_t))
     encode = SimpleNamespace(encode=lambda texts: None, unconditional=lambda: None)
-    monkeypatch.setattr(job_module, "load_text", lambda *_: encode)
+    monkeypatch.setattr(job_module, "open_text", lambda *_: encode)
     out, flags = tmp_path / "run", ["--batch-size", 2, "--max-iter", 1]
     where = f"{pairs}: pairs of tiny-sdxl at 32x32, latents 4 x 8 x 8; expected "
     message = refusal(out, *flags, "--model", "tiny-sd3", "--pairs", pairs)
