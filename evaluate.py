@@ -19,6 +19,7 @@ from models.presets import PROMPT_SETS
 
 METRICS = ("clip", "pickscore", "hpsv2", "mps", "lpips", "fvd", "clip-video", "vbench", "shapes")
 
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,9 +1,9 @@
 """Folders of shards: ODE pairs of collect_odes.py, latents of real clips, and encoded prompts.
 
 A shard is a file of x_T and x_0 (B C h w or B T C h w) and guidance scales w (B,), of x_0 alone, or of context
-(B L D), which the manifest then calls latents, and pooled (B P), whose width is in its "shapes", with index (B,) and prompts (the bytes of a JSON list). manifest.json has the settings, the "count" asked for, and
-the "shards" that are finished. A shard is written before the manifest names it: what is not named there does
-not count.
+(B L D), which the manifest then calls latents, and pooled (B P), whose width is in its "shapes"; with index (B,)
+and prompts (the bytes of a JSON list). manifest.json has the settings, the "count" asked for, and the "shards"
+that are finished. A shard is written before the manifest names it: what is not named there does not count.
 """
 import json
 from bisect import bisect_right
@@ -242,6 +242,13 @@ def damaged(path: Path, fault: str, kind: Kind) -> str:
     return f"{path}: {fault}; " + kind.mend.format(kind.command, path.parent)
 
 
+def check_shards(folder: Path, manifest: dict) -> None:
+    """Raises InputError when a finished shard is missing or cut short; its bytes are not read."""
+    for entry in manifest["shards"]:
+        if fault := shard_fault(folder, manifest, entry, every_byte=False):
+            raise InputError(damaged(folder / entry["file"], fault, KINDS[kind_of(manifest)]))
+
+
 def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs") -> Pairs:
     """The pairs in a folder of collect_odes.py, or the "latents" in one of models/job/latents.py. Raises
     InputError for another model or size, when none is finished, and when a shard is missing or cut short; its
@@ -252,10 +259,7 @@ def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], ki
         height, width = manifest["size"]
         raise InputError(f"{folder}: {kind} of {manifest['model']} at {height}x{width}, latents {found}; "
                          f"expected {model}, latents {expected}")
-    for entry in manifest["shards"]:
-        fault = shard_fault(folder, manifest, entry, every_byte=False)
-        if fault:
-            raise InputError(damaged(folder / entry["file"], fault, KINDS[kind]))
+    check_shards(folder, manifest)
     if not manifest["shards"]:
         raise InputError(f"{folder}: 0 of {manifest['count']} {kind} are finished; "
                          f"let {KINDS[kind].command} go on")

@@ -54,11 +54,15 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def heading(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """What adds a flag under a heading that the parser has."""
+    return next(group for group in parser._action_groups if group.title == title).add_argument
+
+
 def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
     """The flags of every training script, and what adds one under the heading "algorithm"."""
     parser = model_parser(script, doc)
-    groups = {group.title: group for group in parser._action_groups}
-    add = groups["memory and ranks"].add_argument
+    add = heading(parser, "memory and ranks")
     add("--micro-batch", type=int, help="samples per forward on one rank")
     add("--no-checkpointing", action="store_true", default=None,
         help="keep activations, do not compute them twice")
@@ -89,8 +93,7 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
 def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
     """`training_parser` with the flags that ADM and its baseline DMD have in common."""
     parser, add = training_parser(script, doc)
-    memory, = (group for group in parser._action_groups if group.title == "memory and ranks")
-    memory.add_argument("--cache-text", type=Path, metavar="FOLDER",
+    heading(parser, "memory and ranks")("--cache-text", type=Path, metavar="FOLDER",
         help="encode every prompt into this folder, once, and train without the text encoders")
     add("--prompts", type=Path, nargs="+", help=".txt, .jsonl, .csv, .tsv or .json")
     add("--init", type=Path, metavar="RUN",

@@ -91,20 +91,19 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     if changed:
         raise InputError(f"{folder}: encoded with other settings: {', '.join(changed)}; expected another "
                          "--cache-text or the flags and files that it was made with")
-    for entry in manifest["shards"]:
-        if fault := shards.shard_fault(folder, manifest, entry, every_byte=False):
-            raise InputError(shards.damaged(folder / entry["file"], fault, shards.KINDS["text"]))
-    there = set(CachedText(folder, manifest, device).places)
-    left = [prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in there]
+    shards.check_shards(folder, manifest)
+    cached = CachedText(folder, manifest, device)
+    left = [prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in cached.places]
     barrier()  # every rank has read the folder before rank 0 writes there
-    if left:
-        text = load_text(args, preset, mesh, device)
-        print0(f"{folder}: {len(there)} prompts are encoded, {len(left)} left")
-        encode_left(text, folder, manifest, left, precision, len(there), text.overlong(prompts[:200]))
-        del text
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    if not left:
+        return cached
+    text = load_text(args, preset, mesh, device)
+    print0(f"{folder}: {len(cached.places)} prompts are encoded, {len(left)} left")
+    encode_left(text, folder, manifest, left, precision, len(cached.places), text.overlong(prompts[:200]))
+    del text
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return CachedText(folder, shards.read_manifest(folder, "text"), device)
 
 
