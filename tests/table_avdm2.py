@@ -40,6 +40,7 @@ ROWS = {  # what it is -> flags; TONE stands for the second teacher's file
     "GAN + 2D, teacher of another tone": ["--teacher-2d", "TONE"],
 }
 TONE = (0.6, -0.25)
+TEACHERS = ((PRESET.teacher_steps, PRESET.teacher_cfg), (4, PRESET.teacher_cfg), (4, None))  # steps, guidance
 FIGURES = ("accuracy", "direction", "total_variation", "consistency", "frechet", "sharpness")
 
 
@@ -71,19 +72,15 @@ def in_tone(clips: Tensor) -> Tensor:
     return torch.cdist(ground, TONE[0] * known + TONE[1]).amin(1) < torch.cdist(ground, known).amin(1)
 
 
-def distil(args, label: str, seed: int) -> None:
-    """A row's run of one seed, unless it is finished; what was begun and killed goes on."""
-    out = folder(args, label, seed)
-    if (out / "generator.safetensors").exists():
-        return
-    flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
-    flags += ["--seed", seed, "--evaluate", 0, *args.flags]
-    flags += ["--resume"] if (out / "state").exists() else []
-    run("avdm2.py", out, *flags, model=NAME)
-
-
-def folder(args, label: str, seed: int) -> Path:
-    return args.out / f"{label.replace(' ', '_').replace(',', '')}-{seed}"
+def distil(args, label: str, seed: int) -> dict:
+    """Figures of a row's run of one seed, which is done unless it is finished; what was killed goes on."""
+    out = args.out / f"{label.replace(' ', '_').replace(',', '')}-{seed}"
+    if not (out / "generator.safetensors").exists():
+        flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
+        flags += ["--seed", seed, "--evaluate", 0, *args.flags]
+        flags += ["--resume"] if (out / "state").exists() else []
+        run("avdm2.py", out, *flags, model=NAME)
+    return figures(args, out / "generator.safetensors", 4, None, "TONE" in ROWS[label])
 
 
 def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, tone: bool = False) -> dict:
@@ -116,17 +113,17 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if any("TONE" in ROWS[label] for label in labels):
         train_tone(args.out)
+    torch.set_num_threads(1)  # to each of the pool's, as the runs have
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: distil(args, *job), [(label, seed) for seed in range(args.seeds) for label in labels]))
+        teachers = [pool.submit(figures, args, None, steps, cfg) for steps, cfg in TEACHERS]
+        runs = {(label, seed): pool.submit(distil, args, label, seed) for seed in range(args.seeds) for label in labels}
 
     print(f"\n| row | {' | '.join(FIGURES)} |\n|{'---|' * (1 + len(FIGURES))}")
-    for steps, cfg in ((PRESET.teacher_steps, PRESET.teacher_cfg), (4, PRESET.teacher_cfg), (4, None)):
-        label = f"teacher, {steps} steps" + (f", guidance {cfg:g}" if cfg else "")
-        print(line(label, [figures(args, None, steps, cfg)]), flush=True)
+    for (steps, cfg), result in zip(TEACHERS, teachers):
+        print(line(f"teacher, {steps} steps" + (f", guidance {cfg:g}" if cfg else ""), [result.result()]))
     for label in labels:
+        rows = [runs[label, seed].result() for seed in range(args.seeds)]
         tone = "TONE" in ROWS[label]
-        rows = [figures(args, folder(args, label, seed) / "generator.safetensors", 4, None, tone)
-                for seed in range(args.seeds)]
         shares = f", {100 * statistics.mean(row['tone'] for row in rows):.0f} % in it" if tone else ""
         print(line(label + shares, rows), flush=True)
 

@@ -5,8 +5,9 @@
 Writes models/tiny/animatediff/: tiny_sd15.safetensors (UNet, VAE and CLIP-L in SD1.5's single-file layout:
 the teacher of single frames), tiny_mm.safetensors (motion modules in v2's layout), tokenizer/, prompts.txt.
 As in the original, the UNet is trained on single frames with scaled-linear betas, then the motion modules on clips
-with linear betas in the frozen UNet. Last, both losses train all weights: "left" and "right" look alike in
-single frames, and the UNet's layers had hardly told them apart.
+with linear betas in the frozen UNet. The UNet's first frames are of each clip's second half, where "left" and
+"right" are places: of all frames it would not learn to tell the two words apart, and later could not. Last, both
+losses, now of all frames, train all weights.
 
 Letters: B clips, T frames, Z h w latent, H W pixels.
 """
@@ -48,10 +49,12 @@ from models.vae import FramesVAE
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
 CLIPS = 8192  # of both denoisers' training
-STEPS = {"vae": 2500, "vae_noise": 1500, "unet": 15000, "motion": 1500, "both": 8000}
-MOTION_BATCH, BOTH_BATCH = 16, (8, 16)  # clips; clips and single frames
-MATRICES = r".*motion_modules\."  # Muon's
-NOISE = {"unet": 0.7, "motion": 1.6}  # mean logit of the noise at which outlines and directions are decided
+STEPS = {"vae": 2500, "vae_noise": 1500, "unet": 6000, "motion": 4000, "both": 7000}  # that the decay is planned for
+STOP = {"unet": 3000, "motion": 750}
+MOTION_BATCH, BOTH_BATCH = 16, (12, 16)  # clips; clips and single frames
+MATRICES = r"(?!input_blocks\.0\.0|out\.|time_embed)"  # Muon's: all but the first and last layer and the times'
+NOISE = {"unet": 0.9, "motion": 1.6}  # mean logit of the noise at which outlines and directions are decided
+POWER = {"unet": 1.0, "motion": 1.0, "both": 0.7}  # alpha^-power weights the loss: much noise decides the direction
 
 
 # ---- the autoencoder ---------------------------------------------------------------------------------------
@@ -127,14 +130,17 @@ def train_animatediff(out: Path) -> None:
         parts = zip(*(x.split(64) for x in scenes))
         latents = torch.cat([vae.encode(draw_clip(Scenes(*part)).to(device)) for part in parts])  # B T Z h w
 
-    per_frame, scaled = scenes.labels.repeat_interleave(PRESET.frames, 0), PRESET._replace(schedule=FRAMES.schedule)
+    scaled = PRESET._replace(schedule=FRAMES.schedule)
 
-    def frames_loss(batch: int) -> Callable:
-        return denoiser_loss(scaled, latents.flatten(0, 1), per_frame, table, batch=batch,
+    def frames_loss(batch: int, stage: str, first: int = 0) -> Callable:
+        """Of the frames from `first` on."""
+        chosen = latents[:, first:]
+        labels = scenes.labels.repeat_interleave(chosen.shape[1], 0)
+        return denoiser_loss(scaled, chosen.flatten(0, 1), labels, table, batch=batch, power=POWER[stage],
                              times=lambda step, g: snr_times(FRAMES.schedule, NOISE["unet"], batch, g))
 
-    def clips_loss(batch: int) -> Callable:
-        return denoiser_loss(PRESET, latents, scenes.labels, table, batch=batch,
+    def clips_loss(batch: int, stage: str) -> Callable:
+        return denoiser_loss(PRESET, latents, scenes.labels, table, batch=batch, power=POWER[stage],
                              times=lambda step, g: snr_times(PRESET.schedule, NOISE["motion"], batch, g))
 
     def look(average: nn.Module, step: int) -> None:
@@ -142,20 +148,22 @@ def train_animatediff(out: Path) -> None:
                Denoiser(average, PRESET.predicts, PRESET.schedule), vae, table,
                [(PRESET.steps, 3.0), (PRESET.teacher_steps, 3.0)], 256)
 
-    unet = train("ad_unet", unet.to(device), frames_loss(BATCH), STEPS["unet"], 2e-3, out,
+    unet = train("ad_unet", unet.to(device), frames_loss(BATCH, "unet", PRESET.frames // 2 + 1), STEPS["unet"], 2e-3,
+                 out, stop=STOP["unet"], muon=MATRICES, muon_lr=4e-3,
                  look=lambda average, step: look_at_frames(average, vae, table, step))
     torch.manual_seed(0)
     net = AnimateDiff(**PRESET.config)
     net.load_state_dict({name: p.half().float() for name, p in unet.state_dict().items()}, strict=False)
     for name, p in net.named_parameters():
         p.requires_grad_("motion_modules." in name)
-    net = train("ad_motion", net.to(device), clips_loss(MOTION_BATCH), 2 * STEPS["motion"], 2e-3, out,
-                stop=STEPS["motion"], muon=MATRICES, look=look)  # ends at half of the highest learning rate
-    clips_8, frames_16 = clips_loss(BOTH_BATCH[0]), frames_loss(BOTH_BATCH[1])
+    net = train("ad_motion", net.to(device), clips_loss(MOTION_BATCH, "motion"), STEPS["motion"], 2e-3, out,
+                stop=STOP["motion"], muon=MATRICES, muon_lr=4e-3)
+    of_clips, of_frames = clips_loss(BOTH_BATCH[0], "both"), frames_loss(BOTH_BATCH[1], "both")
 
     def both(net: nn.Module, step: int) -> Tensor:
-        return clips_8(net, 10_000 + step) + 0.5 * frames_16(net, 10_000 + step)
-    net = train("ad_both", net.requires_grad_(True), both, STEPS["both"], 1.5e-3, out, muon=MATRICES, look=look)
+        return of_clips(net, 10_000 + step) + 0.5 * of_frames(net, 10_000 + step)
+    net = train("ad_both", net.requires_grad_(True), both, STEPS["both"], 1.5e-3, out, muon=MATRICES, muon_lr=3e-3,
+                look=look)
     export(net.cpu(), others)
     F, vae, text = open_teacher(NAME)
     report(FOLDER / "teacher_animatediff.png", PRESET, F, vae, encode_captions(PRESET, text),

@@ -46,20 +46,22 @@ def open_teacher(name: str, ckpt: Path | None = None) -> tuple[Denoiser, nn.Modu
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path,
           stop: int | None = None, look: Callable | None = None, muon: str = r"(joint|transformer)_blocks\.",
-          ) -> nn.Module:
-    """Warm-up and cosine decay on `loss_at(net, step)`: Muon for the matrices whose names match `muon`, by
-    default those of a transformer's blocks, which learn faster by it, AdamW for all else that requires its
-    gradient. Returns the moving average of the weights.
+          muon_lr: float | None = None) -> nn.Module:
+    """Warm-up and cosine decay on `loss_at(net, step)`: Muon at `muon_lr`, by default `lr`, for the matrices and
+    kernels whose names match `muon`, by default those of a transformer's blocks, which learn faster by it, AdamW
+    for all else that requires its gradient. Returns the moving average of the weights.
 
     Batches depend on the step alone, all else is in out/<name>.pt: a killed run goes on as if never stopped.
     `stop` ends early; `look(average, step)` is called now and then to show samples."""
     average = copy.deepcopy(net).requires_grad_(False)
     trained = {path: p for path, p in net.named_parameters() if p.requires_grad}
-    matrices = [p for path, p in trained.items() if re.match(muon, path) and p.ndim == 2]
+    matrices = [p for path, p in trained.items() if re.match(muon, path) and p.ndim > 1]
+    flat = [nn.Parameter(p.detach().flatten(1)) for p in matrices]  # the same memory; Muon takes no kernels
     others = [p for p in trained.values() if all(p is not matrix for matrix in matrices)]
     opts = {"adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99))}
     if matrices:
-        opts["muon"] = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        opts["muon"] = torch.optim.Muon(flat, lr=muon_lr or lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rates = {key: opt.param_groups[0]["lr"] for key, opt in opts.items()}
     kept, path, first = dict(net=net, average=average, **opts), out / f"{name}.pt", 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -73,8 +75,10 @@ def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, o
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         decay = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for opt in opts.values():
-            opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * decay
+        for view, p in zip(flat, matrices):
+            view.grad = p.grad.flatten(1)
+        for key, opt in opts.items():
+            opt.param_groups[0]["lr"] = rates[key] * min(1, (step + 1) / 200) * decay
             opt.step()
         for a, p in zip(average.parameters(), net.parameters()):
             a.lerp_(p.detach(), 1 - min(0.999, (step + 1) / (step + 10)))
@@ -136,9 +140,11 @@ def snr_times(schedule: str, mean: float, batch: int, g: torch.Generator) -> Ten
 
 
 def denoiser_loss(preset: Preset, latents: Tensor, labels: Tensor, table: Cond,
-                  share: float = 0.7, times: Callable | None = None, batch: int = BATCH) -> Callable:
+                  share: float = 0.7, times: Callable | None = None, batch: int = BATCH,
+                  power: float = 0.0) -> Callable:
     """Eq. (2) or (3) with prompt dropout, each attribute named at probability `share`, on the device of
-    `latents`. `table`: of `encode_captions`. `times(step, g)`: t (B,), by default `image_times`."""
+    `latents`. `table`: of `encode_captions`. `times(step, g)`: t (B,), by default `image_times`. `power`: each
+    sample's loss is weighted by alpha^-power; of epsilon a plain mean hardly counts where little is seen of x_0."""
     index = procedural(preset.data).caption_index
 
     def loss_at(net: nn.Module, step: int) -> Tensor:
@@ -150,7 +156,8 @@ def denoiser_loss(preset: Preset, latents: Tensor, labels: Tensor, table: Cond,
         x_0, eps = latents[i], torch.randn(batch, *latents.shape[1:], generator=g)
         t, eps = t.to(x_0.device), eps.to(x_0.device)
         prediction = net(q(preset.schedule, x_0, t, eps), t, (table.context[prompt], table.pooled[prompt]))
-        return mse_loss(prediction, target(preset.predicts, preset.schedule, x_0, t, eps))
+        error = (prediction - target(preset.predicts, preset.schedule, x_0, t, eps)).square().flatten(1).mean(1)
+        return (alpha_sigma(preset.schedule, t, t)[0] ** -power * error).mean()
     return loss_at
 
 
