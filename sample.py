@@ -45,7 +45,7 @@ import torch.distributed as dist
 
 from models import lora
 from models.checkpoint import InputError, open_tensors
-from models.diffusion import Denoiser, generator_times, teacher_times
+from models.diffusion import Denoiser, generator_times, on_grid, teacher_times
 from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, source
@@ -165,8 +165,7 @@ def main(args):
     F = Denoiser(net, preset.predicts, preset.schedule, renoise=renoise)
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule)
     if args.times:
-        tn = torch.tensor([0.0, *args.times[::-1]])
-        tn = tn if F.schedule == "flow" else (1000 * tn).round() / 1000
+        tn = on_grid(torch.tensor([0.0, *args.times[::-1]]), F.schedule)
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
     shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at

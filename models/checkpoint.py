@@ -286,6 +286,8 @@ def find(file: str, ckpt: str | Path | None, repo: str, advice: str = "") -> Pat
     from huggingface_hub import constants, hf_hub_download, snapshot_download  # slow to import, seldom needed
     url = f"{constants.ENDPOINT}/{repo}"
     try:
+        if file.endswith(".index.json"):  # the shards that it names are beside it
+            return Path(snapshot_download(repo, allow_patterns=[file.partition(".")[0] + "*"])) / file
         if not file.endswith("/"):
             return Path(hf_hub_download(repo, file))
         patterns = [file + kind for kind in ("*.safetensors", "*.json", "*.txt", "*.model")]

@@ -20,6 +20,7 @@ class Names(NamedTuple):
     prefix: str                 # of the network in a diffusers pipeline
     kohya: Callable             # (module, net) -> its name, dotted, in the files of kohya's sd-scripts
     architecture: str           # in `modelspec.architecture`
+    dotted: str = ""            # ComfyUI's prefix for dotted names, where its files have those and not kohya's
 
 
 def same(module: str, net: nn.Module) -> str:
@@ -74,7 +75,7 @@ MMDIT = Names(adaptable=("qkv", "proj", "fc1", "fc2"), targets=("qkv", "proj"),
               architecture="stable-diffusion-3")
 
 
-# ---- SDXL, SD1.5, AnimateDiff, CogVideoX -------------------------------------------------------------------
+# ---- SDXL, SD1.5, AnimateDiff, CogVideoX, Wan -------------------------------------------------------------------
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -133,6 +134,26 @@ COGVIDEOX = Names(adaptable=(*ATTENTION, "net.0.proj", "net.2"), targets=ATTENTI
                   to_diffusers=lambda module, rows, net: {module: [(0, rows)]}, prefix="transformer.",
                   kohya=same, architecture="cogvideox")
 
+# Original module -> that of diffusers; those of a block inside blocks.<i> of both.
+WAN_MODULES = {"patch_embedding": "patch_embedding", "time_projection.1": "condition_embedder.time_proj",
+               "head.head": "proj_out", "head.modulation": "scale_shift_table"} | {
+    f"{kind}_embedding.{2 * i}": f"condition_embedder.{kind}_embedder.linear_{i + 1}"
+    for kind, i in product(("text", "time"), (0, 1))}
+WAN_BLOCK = {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"} | {
+    f"{ours}_attn.{name}": f"{theirs}.{new}"
+    for (ours, theirs), (name, new) in product((("self", "attn1"), ("cross", "attn2")), (
+        ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k")))}
+
+
+def wan_to_diffusers(module: str, rows: int, net: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", module)
+    return {block[1] + WAN_BLOCK[block[2]] if block else WAN_MODULES[module]: [(0, rows)]}
+
+
+WAN = Names(adaptable=("q", "k", "v", "o", "ffn.0", "ffn.2"), targets=("q", "k", "v", "o"),
+            to_diffusers=wan_to_diffusers, prefix="transformer.", kohya=same, architecture="wan2.1",
+            dotted="diffusion_model.")
+
 
 # ---- files in diffusers' layout under the original names ----------------------------------------------------
 
@@ -145,6 +166,14 @@ VAE_RULES = (  # within one name, in this order
     (r"attn_1\.group_norm\.", "attn_1.norm."), (r"attn_1\.(to_q|query)\.", "attn_1.q."),
     (r"attn_1\.(to_k|key)\.", "attn_1.k."), (r"attn_1\.(to_v|value)\.", "attn_1.v."),
     (r"attn_1\.(to_out\.0|proj_attn)\.", "attn_1.proj_out."))
+
+WAN_VAE_RULES = (
+    (r"\.down_blocks\.", ".downsamples."), (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."), (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."), (r"\.conv_shortcut\.", ".shortcut."), (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."), (r"\.conv_in\.", ".conv1."), (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."))
 
 
 def denoiser_from_diffusers(tensors: Tensors) -> Tensors:
@@ -244,3 +273,29 @@ def vae_from_diffusers(tensors: Tensors) -> Tensors:
         return t[:, :, None, None] if name in matrices else t
 
     return Tensors(tensors.path, shapes, read, tensors.metadata)
+
+
+def wan_from_diffusers(tensors: Tensors) -> Tensors:
+    """Wan's denoiser in diffusers' layout under the original names; other files pass unchanged."""
+    if "condition_embedder.time_proj.weight" not in tensors:
+        return tensors
+    ends, inner = ({theirs: ours for ours, theirs in table.items()} for table in (WAN_MODULES, WAN_BLOCK))
+
+    def original(name: str) -> str:
+        block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
+        return block + (inner if block else ends).get(module, module) + kind
+    return renamed(tensors, {original(name): name for name in tensors})
+
+
+def wan_vae_from_diffusers(tensors: Tensors) -> Tensors:
+    """Wan's 3D autoencoder in the same way. Diffusers has a level's three ResNets and its upsampling apart."""
+    if "encoder.conv_in.weight" not in tensors:
+        return tensors
+
+    def original(name: str) -> str:
+        name = re.sub(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
+                      lambda found: f".upsamples.{4 * int(found[1]) + int(found[2] or 3)}.", name)
+        for pattern, replacement in WAN_VAE_RULES:
+            name = re.sub(pattern, replacement, name)
+        return name
+    return renamed(tensors, {original(name): name for name in tensors})

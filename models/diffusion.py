@@ -1,7 +1,8 @@
 """Diffusion core: Eqs. (1)-(3), (5), (6), prediction types, classifier-free guidance, PF-ODE, time schedules.
 
 Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to
-(alpha, sigma). "flow" is SD3's, alpha = 1 - t and sigma = t. The others are DDPM's betas on the grid
+(alpha, sigma). "flow" is SD3's, alpha = 1 - t and sigma = t; "wan" is the same path, and differs in the times of
+the original sampler. The others are DDPM's betas on the grid
 t = i/1000: linear for "animatediff", else scaled-linear. "sdxl" (SD1.5 too) has them unchanged,
 "cogvideox-2b" and "cogvideox-5b" rescaled to alpha = 0 at t = 1. What a network predicts is a string too:
 "velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0).
@@ -36,6 +37,7 @@ class Denoiser:
 
 # ---- schedules ---------------------------------------------------------------------------------------------
 
+FLOWS = ("flow", "wan")
 SNR_SHIFT = {"cogvideox-2b": 3.0, "cogvideox-5b": 1.0}
 
 
@@ -45,7 +47,7 @@ def alphas_cumprod(schedule: str) -> Tensor:
     signal-to-noise ratio by 3 (2b) or 1 (5b). Then it shifts and stretches the square root so that the last
     value is 0 and the first stays (zero terminal SNR)."""
     if schedule not in ("sdxl", "animatediff", *SNR_SHIFT):
-        raise ValueError(f"unknown schedule {schedule!r}: expected flow, sdxl, animatediff, "
+        raise ValueError(f"unknown schedule {schedule!r}: expected {', '.join(FLOWS)}, sdxl, animatediff, "
                          f"{', '.join(SNR_SHIFT)}")
     power = 1 if schedule == "animatediff" else 2  # scaled-linear: the betas' square roots are evenly spaced
     betas = torch.linspace(0.00085 ** (1 / power), 0.012 ** (1 / power), 1000, dtype=torch.float64) ** power
@@ -65,7 +67,7 @@ def ddpm_table(schedule: str) -> Tensor:
 
 def alpha_sigma(schedule: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients of Eq. (1) at t (B,), shaped to broadcast over x (B ...)."""
-    if schedule == "flow":
+    if schedule in FLOWS:
         alpha, sigma = 1 - t, t
     else:
         alpha, sigma = ddpm_table(schedule).to(t.device)[:, (1000 * t).round().long()]
@@ -75,12 +77,12 @@ def alpha_sigma(schedule: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def delta_t(schedule: str) -> float:
     """dt = T/64 (Sec. 4.1). On the DDPM grid 16/1000: networks see only times they were trained on."""
-    return 1 / 64 if schedule == "flow" else 16 / 1000  # [choice]
+    return 1 / 64 if schedule in FLOWS else 16 / 1000  # [choice]
 
 
 def random_time(schedule: str, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Uniform times in (low, high] from u ~ U[0, 1); DDPM schedules stay on the grid i/1000."""
-    if schedule == "flow":
+    if schedule in FLOWS:
         return high - (high - low) * u
     first, last = round(1000 * low), round(1000 * high)
     return (last - (u * (last - first)).floor()) / 1000
@@ -91,20 +93,25 @@ def shift_time(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def on_grid(tn: Tensor, schedule: str) -> Tensor:
+    """Times as they are; for a DDPM schedule the nearest on its grid i/1000."""
+    return tn if schedule in FLOWS else (1000 * tn).round() / 1000
+
+
 def generator_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The generator's schedule {t_0 = 0, ..., t_N = 1}: N + 1 values, tn[n] being t_n.
 
     Evenly spaced, then shifted: for shift 3 and N = 4 the steps start at 1, 0.9, 0.75, 0.5. The spacing of
     `teacher_times` would start the last step at 0.009, where almost nothing is left to do. DDPM schedules
     stay on the grid i/1000."""
-    tn = shift_time(torch.linspace(0, 1, steps + 1), shift)  # [choice]
-    return tn if schedule == "flow" else (1000 * tn).round() / 1000
+    return on_grid(shift_time(torch.linspace(0, 1, steps + 1), shift), schedule)  # [choice]
 
 
 def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The times of the original samplers, ascending: 0 and N values.
 
-    "flow" as SD3's: the end points are shifted before the linear spacing and the result again. "sdxl" as in
+    "flow" as SD3's: the end points are shifted before the linear spacing and the result again. "wan": 1/N, ...,
+    1, shifted, those of its DPM-Solver and of FlowMatchEuler; its default UniPC starts at 0.9998. "sdxl" as in
     sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0. CogVideoX: DDPM
     indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
     1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
@@ -114,6 +121,8 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     if schedule in SNR_SHIFT:
         index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()
         return (index / 1000).float()
+    if schedule == "wan":
+        return generator_times(steps, shift, schedule)
     if schedule != "flow":
         index = torch.arange(1, steps + 1) * 999 // steps
         return torch.cat([torch.zeros(1), (index + 1) / 1000])

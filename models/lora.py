@@ -318,8 +318,9 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
 
 def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str,
                metadata: dict[str, str] | None = None) -> None:
-    """The adapter as sd-scripts and ComfyUI name it: modules with underscores, qkv fused, alphas. Those of
-    motion modules are MotionLoRA's, which has no alphas: readers pick their own by the names."""
+    """The adapter as sd-scripts and ComfyUI name it: modules with underscores or, after `names.dotted`, with dots,
+    qkv fused, alphas. Those of motion modules are MotionLoRA's, which has no alphas: readers pick their own by
+    the names."""
     tensors, layers = {}, lora_layers(net, name)
     for module, (down, up) in lora_state(net, name).items():
         spelling, alpha = names.kohya(module, net), layers[module].alpha[name]
@@ -328,7 +329,8 @@ def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str,
             key, ends = f"{block}.processor.{projection}_lora", ("down", "up")
             up = up * (alpha / len(down))
         else:
-            key, ends = "lora_unet_" + spelling.replace(".", "_"), ("lora_down", "lora_up")
+            key = names.dotted + spelling if names.dotted else "lora_unet_" + spelling.replace(".", "_")
+            ends = "lora_down", "lora_up"
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
         tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
     modelspec = dict(sai_model_spec="1.0.0", architecture=f"{names.architecture}/lora", title=Path(path).stem,

@@ -165,6 +165,15 @@ COGVIDEOX_2B = SD3._replace(
     steps=8, cfg=(5.0, 7.0), lora_rank=0, lr_theta=1e-7, batch_size=8, micro_batch=1,
     sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=49)
 
+# Not in the papers: learning rates of CogVideoX, guidance around the original's 5 and 6.  # [choice]
+WAN_1_3B = COGVIDEOX_2B._replace(
+    family="wan",
+    config=dict(depth=30, width=1536, heads=12, ffn_dim=8960, freq_dim=256, text_dim=4096, in_channels=16, patch=2),
+    repo="Wan-AI/Wan2.1-T2V-1.3B", file="diffusion_pytorch_model.safetensors", tokenizers="Wan-AI/Wan2.1-T2V-1.3B",
+    predicts="velocity", schedule="wan",
+    vae=dict(ch=(96, 192, 384, 384), num_res_blocks=2, z_channels=16, time=(False, True, True)),
+    t5_length=512, size=(480, 832), frames=81, shift=5.0, steps=4, cfg=(4.0, 6.0))
+
 ANIMATEDIFF = SD15._replace(
     family="animatediff", config=SD15.config | dict(motion_mid=True), schedule="animatediff",
     motion_repo="guoyww/animatediff", motion_file="mm_sd_v15_v2.ckpt", base_2d="sd1.5",
@@ -180,6 +189,11 @@ PRESETS = {
         config=COGVIDEOX_2B.config | dict(depth=42, heads=48, rotary=True),
         repo="zai-org/CogVideoX-5b", tokenizers="zai-org/CogVideoX-5b", schedule="cogvideox-5b",
         vae=COGVIDEOX_2B.vae | dict(scale=0.7)),
+    "wan2.1-1.3b": WAN_1_3B,
+    "wan2.1-14b": WAN_1_3B._replace(
+        config=WAN_1_3B.config | dict(depth=40, width=5120, heads=40, ffn_dim=13824),
+        repo="Wan-AI/Wan2.1-T2V-14B", file="diffusion_pytorch_model.safetensors.index.json",
+        tokenizers="Wan-AI/Wan2.1-T2V-14B", teacher_cfg=5.0, lora_rank=64),
     "sd1.5": SD15,
     "animatediff": ANIMATEDIFF,
     "animatediff-v3": ANIMATEDIFF._replace(

@@ -1,4 +1,4 @@
-"""Prompts to the conditioning of SD3, SDXL, CogVideoX and SD1.5, by the encoders of models/text_encoders.py.
+"""Prompts to the conditioning of SD3, SDXL, CogVideoX, SD1.5 and Wan, by the encoders of models/text_encoders.py.
 
     parts = text_parts("sd3_medium_incl_clips_t5xxlfp16.safetensors")
     text = SD3Text(parts, load_tokenizers("stabilityai/stable-diffusion-3-medium-diffusers"))
@@ -13,10 +13,17 @@
     parts = text_parts("v1-5-pruned-emaonly.safetensors")
     text = SD15Text(parts, load_tokenizers("stable-diffusion-v1-5/stable-diffusion-v1-5", t5=False))
 
+    parts = {"umt5": umt5_tensors(open_tensors("models_t5_umt5-xxl-enc-bf16.pth"))}
+    text = WanText(parts, load_tokenizers("Wan2.1-T2V-1.3B/google/umt5-xxl", t5=False))
+
 The unconditional of guidance is `unconditional()`: the encoded empty prompt for SD3 and SD1.5, zeros for SDXL
-and CogVideoX. Letters: B prompts, L tokens, D width of the context, P width of the pooled vector.
+and CogVideoX, a negative prompt for Wan. Letters: B prompts, L tokens, D width of the context, P width of the
+pooled vector.
 """
+import html
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
@@ -37,6 +44,11 @@ from models.text_encoders import (
     run_t5,
     t5_encoder,
 )
+
+try:
+    import ftfy
+except ImportError:  # `WanText` says what differs
+    ftfy = None
 
 
 class Cond(NamedTuple):
@@ -62,14 +74,14 @@ class Text(nn.Module):
             raise InputError(f"{files}: {' and '.join(absent)} missing; expected {' and '.join(names)}")
         with torch.device("meta"):
             for name in names:
-                self.add_module(name, t5_encoder(parts[name]) if name == "t5"
+                self.add_module(name, t5_encoder(parts[name], name) if name in ("t5", "umt5")
                                 else clip_encoder(parts[name], name, heads.get(name)))
         self.requires_grad_(False).eval()
         first, second = tokenizers or (None, None)
         self.readers, self.windows = {}, {}  # of each encoder: its tokenizer, and how many tokens it takes
         for name, net in self.named_children():
             self.readers[name] = second if name == "t5" and len(names) > 1 else first
-            self.windows[name] = t5_length if name == "t5" else net.config.max_position_embeddings
+            self.windows[name] = t5_length if name in ("t5", "umt5") else net.config.max_position_embeddings
             check_vocabulary(self.readers[name], net, files)
 
     def blocks(self) -> list[nn.Module]:
@@ -230,3 +242,44 @@ class SD15Text(Text):
         """-> context (B 77 D), pooled (B 0)."""
         context = clip_outputs(self.clip_l, ids).last_hidden_state
         return Cond(context, context.new_zeros(len(ids), 0))
+
+
+# The original's, which the unconditional is made of, as it is after the cleaning: with half-width commas.
+WAN_NEGATIVE = (
+    "色调艳丽,过曝,静态,细节模糊不清,字幕,风格,作品,画作,画面,静止,整体发灰,最差质量,低质量,JPEG压缩残留,丑陋的,残缺的,"
+    "多余的手指,画得不好的手部,画得不好的脸部,畸形的,毁容的,形态畸形的肢体,手指融合,静止不动的画面,杂乱的背景,三条腿,"
+    "背景人很多,倒着走")
+
+
+def clean_prompt(prompt: str) -> str:
+    """As the original does: mended by ftfy where that is installed, HTML entities read twice, single blanks."""
+    prompt = ftfy.fix_text(prompt) if ftfy else prompt
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+class WanText(Text):
+    """UMT5's tokens and zeros after them, always `length` rows; there is no pooled vector (B 0).
+
+    `null`: guidance's unconditional, "negative" for the original's negative prompt or "empty" for the empty one,
+    which is diffusers'."""
+
+    def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None, length: int = 512,
+                 null: str = "negative", device: torch.device | str = "cpu"):
+        super().__init__(("umt5",), parts, tokenizers, device, length)
+        self.null = null
+        if ftfy is None:
+            warnings.warn("ftfy is not installed: full-width punctuation, ligatures, curly quotes and broken "
+                          "encodings in prompts stay as they are, where Wan's original mends them; `pip install ftfy`")
+
+    def forward(self, ids: Tensor) -> Cond:
+        """-> context (B L D), pooled (B 0)."""
+        mask = ids.flip(1).cumsum(1).flip(1) > 0  # up to the end token; padding, 0 in all of them, follows it
+        context = run_t5(self.umt5, ids, mask).masked_fill(~mask[..., None], 0)
+        return Cond(context, context.new_zeros(len(ids), 0))
+
+    def rows(self, name: str, prompts: list[str], most: int) -> list[list[int]]:
+        return super().rows(name, [clean_prompt(prompt) for prompt in prompts], most)
+
+    def unconditional(self) -> Cond:
+        """As a batch of one."""
+        return self.encode([WAN_NEGATIVE if self.null == "negative" else ""])

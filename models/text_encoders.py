@@ -1,4 +1,4 @@
-"""The text encoders CLIP-L, CLIP-G and T5 v1.1: their files, their tokenizers and their networks.
+"""The text encoders CLIP-L, CLIP-G, T5 v1.1 and UMT5: their files, their tokenizers and their networks.
 
 `models/text.py` makes the conditioning of each model from them. Each encoder keeps the tensor names of its
 file; what a single file puts before them, one of PREFIXES, is removed. The networks are transformers', but
@@ -32,7 +32,12 @@ EXTRAS = {
     "clip_l": ("text_projection.weight", "logit_scale", "*position_ids"),
     "clip_g": ("logit_scale", "*position_ids"),
     "t5": ("encoder.embed_tokens.weight", "scaled_fp8"),
+    "umt5": ("encoder.embed_tokens.weight", "scaled_fp8", "spiece_model"),
 }
+# Modules of a block in Wan's file of UMT5 -> in transformers.
+UMT5 = {f"attn.{name}": f"0.SelfAttention.{name}" for name in "qkvo"} | {
+    "norm1": "0.layer_norm", "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias", "norm2": "1.layer_norm",
+    "ffn.gate.0": "1.DenseReluDense.wi_0", "ffn.fc1": "1.DenseReluDense.wi_1", "ffn.fc2": "1.DenseReluDense.wo"}
 # Class of transformers -> the files that it needs unless there is a tokenizer.json.
 TOKENIZERS = {"CLIPTokenizer": ("vocab.json", "merges.txt"), "T5Tokenizer": ("spiece.model",)}
 LARGEST = 2 ** 25  # bytes of a tokenizer's file; T5's multilingual one, the largest in use, has half of them
@@ -100,6 +105,16 @@ def t5_tensors(tensors: Tensors) -> Tensors:
     if name in tensors or alias not in tensors:
         return tensors
     return renamed(tensors, {name if key == alias else key: key for key in tensors})
+
+
+def umt5_tensors(tensors: Tensors) -> Tensors:
+    """UMT5 of Wan's file (`blocks.0.attn.q`) or of transformers', under the names of transformers."""
+    ends, names = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}, {}
+    for name in tensors:
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+        inner = block and UMT5.get(block[2])
+        names[f"encoder.block.{block[1]}.layer.{inner}.weight" if inner else ends.get(name, name)] = name
+    return t5_tensors(renamed(tensors, names))
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
@@ -199,7 +214,7 @@ def check_vocabulary(tokenizer, net: nn.Module, given: str) -> None:
     `given`."""
     if tokenizer is None:
         return
-    if isinstance(tokenizer, transformers.T5Tokenizer) != isinstance(net, transformers.T5EncoderModel):
+    if isinstance(tokenizer, transformers.T5Tokenizer) != hasattr(net, "shared"):  # T5 and UMT5 have it
         raise InputError(f"{tokenizer.name_or_path}: a {type(tokenizer).__name__}; expected that of {given}")
     size = 1 + max(tokenizer.get_vocab().values())
     if size > net.config.vocab_size:
@@ -288,16 +303,17 @@ def clip_encoder(tensors: Tensors, name: str, heads: int | None = None) -> nn.Mo
     return clip
 
 
-def t5_encoder(tensors: Tensors) -> nn.Module:
-    """The network, sizes from the shapes. Raises InputError for another architecture."""
+def t5_encoder(tensors: Tensors, name: str = "t5") -> nn.Module:
+    """The network of "t5" or "umt5", sizes from the shapes. Raises InputError for another architecture."""
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
     names = ["shared", f"{attention}.relative_attention_bias", f"{attention}.q", f"{feed}.wi_0"]
     (vocabulary, width), (buckets, heads), (inner, _), (hidden, _) = shapes_of(
-        tensors, "a T5 v1.1 encoder", [f"{name}.weight" for name in names])
-    t5 = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_heads=heads,
-        num_layers=sum(name.endswith(".layer.0.layer_norm.weight") for name in tensors),
-        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu", dropout_rate=0.0))
+        tensors, f"a {'T5 v1.1' if name == 't5' else 'UMT5'} encoder", [f"{name}.weight" for name in names])
+    sizes = dict(vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_heads=heads,
+                 num_layers=sum(name.endswith(".layer.0.layer_norm.weight") for name in tensors),
+                 relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    t5 = (transformers.T5EncoderModel(transformers.T5Config(**sizes)) if name == "t5"
+          else transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)))
     t5.encoder.embed_tokens = None  # tied to `shared`; sharding would untie it
     return t5
 
@@ -306,8 +322,7 @@ def layers(net: nn.Module) -> list[nn.Module]:
     """The blocks of one of these encoders, as sharding takes them."""
     if isinstance(net, OpenClip):
         return list(net.transformer["resblocks"])
-    t5 = isinstance(net, transformers.T5EncoderModel)
-    return list(net.encoder.block if t5 else net.text_model.encoder.layers)
+    return list(net.encoder.block if hasattr(net, "shared") else net.text_model.encoder.layers)
 
 
 def clip_outputs(clip: "transformers.CLIPTextModelWithProjection", ids: Tensor):
@@ -324,9 +339,9 @@ def run_clip(clip: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     return out.hidden_states[-2], clip.text_projection(at_end(out.last_hidden_state, ids))
 
 
-def run_t5(t5: "transformers.T5EncoderModel", ids: Tensor) -> Tensor:
-    """Ids (B L) -> (B L D); no mask: padding attends and is attended to."""
-    return t5(inputs_embeds=t5.shared(ids)).last_hidden_state
+def run_t5(t5: "transformers.T5EncoderModel", ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Ids (B L) -> (B L D). Without `mask` (B L), which is False at padding, that attends and is attended to."""
+    return t5(inputs_embeds=t5.shared(ids), attention_mask=mask).last_hidden_state
 
 
 def at_end(x: Tensor, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -59,6 +60,24 @@ def from_recipe(about: dict) -> dict:
         sha256.update(key.encode() + weights[key].numpy().tobytes())
     assert sha256.hexdigest() == about["weights_sha256"]
     return weights
+
+
+def wan_golden(path: Path) -> tuple[dict, dict, dict]:
+    """(tensors, weights by original name, meta) of one of Wan's golden files. Those here hold in place of the
+    weights how they were drawn: from torch's generator, one after the other, sorted by name."""
+    tensors, meta = read_golden(path)
+    meta, generator = meta["meta"], torch.Generator()
+    weights = {name.removeprefix("w/"): t for name, t in tensors.items() if name.startswith("w/")}
+    about = meta.get("weights")
+    for name, shape in sorted(about["shapes"].items()) if about else ():
+        generator = generator if weights else generator.manual_seed(about["seed"])
+        mean, deviation, per_input = next(rule[1:] for rule in about["rules"] if re.search(rule[0], name))
+        deviation /= math.sqrt(math.prod(shape[1:])) if per_input else 1
+        weights[name] = mean + deviation * torch.randn(shape, generator=generator)
+    if about:  # 1e-6: vector units of other widths round otherwise
+        total = sum(w.double().abs().sum().item() for w in weights.values())
+        assert math.isclose(total, about["sum_abs"], rel_tol=1e-6)
+    return {name: t for name, t in tensors.items() if not name.startswith("w/")}, weights, meta
 
 
 def manifest(path: Path) -> tuple[dict, dict]:

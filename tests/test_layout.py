@@ -6,8 +6,8 @@ from pathlib import Path
 from conftest import ROOT
 
 ROOMS = ("root", "eval", "job", "tiny")  # a room imports from itself and from those before it
-DENOISERS = {"mmdit", "sdxl_unet", "cogvideox", "animatediff"}
-NETWORKS = DENOISERS | {"vae", "cogvideox_vae"}
+DENOISERS = {"mmdit", "sdxl_unet", "cogvideox", "animatediff", "wan"}
+NETWORKS = DENOISERS | {"vae", "cogvideox_vae", "wan_vae"}
 BUDGETS = {"scripts": 300, "networks": 300, "root": 350, "job": 350, "eval": 400, "tiny": 350}  # lines
 SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -29,6 +29,10 @@ result = net(torch.randn(1, 4, 4, 8), torch.ones(1), (torch.randn(1, 7, 5), torc
 net = CogVideoX(depth=1, heads=2, head_dim=16, in_channels=3, text_dim=5, time_dim=6, rotary=True)
 result = net(torch.randn(1, 2, 3, 4, 8), torch.ones(1), (torch.randn(1, 7, 5), None))
 """, [1, 2, 3, 4, 8]),
+    "wan": ("""
+net = Wan(depth=2, width=24, heads=2, ffn_dim=8, freq_dim=6, text_dim=5, in_channels=3, text_len=9)
+result = net(torch.randn(1, 2, 3, 4, 8), torch.ones(1), (torch.randn(1, 7, 5), None))
+""", [1, 2, 3, 4, 8]),
     "vae": ("""
 vae = AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, shift=0.1, scale=2.0, groups=4)
 result = vae.decode(vae.encode(torch.randn(1, 3, 4, 8)), checkpoint=True)
@@ -36,6 +40,10 @@ result = vae.decode(vae.encode(torch.randn(1, 3, 4, 8)), checkpoint=True)
     "cogvideox_vae": ("""
 vae = CogVideoXVAE(ch=(4, 4, 8), num_res_blocks=1, z_channels=2, scale=0.7, groups=2)
 result = vae.decode(vae.encode(torch.randn(1, 17, 3, 4, 8)), checkpoint=True)
+""", [1, 17, 3, 4, 8]),
+    "wan_vae": ("""
+vae = WanVAE(ch=(4, 4, 8), num_res_blocks=1, z_channels=16, time=(True, True))
+result = vae.decode(vae.encode(torch.randn(1, 17, 3, 4, 8)))
 """, [1, 17, 3, 4, 8]),
     "discriminator": ("""
 class Teacher:  # whose maps are its input itself and a video of two frames

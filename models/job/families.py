@@ -5,22 +5,24 @@ a row of FAMILIES, made of its network, its text class and the few functions tha
 
 `args` are the flags of `flags.model_flags`. What the user can mend raises InputError.
 """
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae
+from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae, wan, wan_vae
 from models.checkpoint import InputError, Tensors, find, open_tensors
 from models.diffusers_names import denoiser_of, vae_of
 from models.job.motion import base_tensors, merged, motion_tensors
 from models.job.notes import check_announced, check_scale
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
-from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText
-from models.text_encoders import FOLDERS, hub_tensors, load_tokenizers, t5_tensors, text_parts
+from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText, WanText
+from models.text_encoders import FOLDERS, hub_tensors, load_tokenizers, t5_tensors, text_parts, umt5_tensors
 
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # groups of a single file
 HUB_DENOISERS = ("unet", "transformer")  # folders of the diffusers layout
@@ -41,6 +43,7 @@ class Family(NamedTuple):
     single_file: bool                   # the denoiser's file and its exports hold VAE and text encoders too
     flags: tuple[str, ...]              # those of the flags not for every family that it takes
     names: diffusers_names.Names        # which linear layers adapters sit on, and what LoRA files call them
+    null_prompts: tuple[str, ...] = ()  # values of --null-prompt, the default first
     frames_per_latent: int = 1          # of a video
     frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
     max_frames: int | None = None
@@ -171,23 +174,37 @@ def open_animatediff(args, preset: Preset, init: Path | None) -> Tensors:
     return merged(base, motion_tensors(motion))
 
 
-# ---- folders: CogVideoX ------------------------------------------------------------------------------------
+# ---- folders: CogVideoX, Wan ---------------------------------------------------------------------------------
 
-# Flag -> where its files are in a CogVideoX download, and in the original release.
+# Flag -> where its files are in a download (the first on the hub too), such as CogVideoX's original release.
 COGVIDEOX_PARTS = {"vae_ckpt": ("vae/", "vae/3d-vae.pt"), "text_ckpt": ("text_encoder/", "t5-v1_1-xxl/"),
                    "tokenizers": ("tokenizer/", "t5-v1_1-xxl/")}
+WAN_PARTS = {"vae_ckpt": ("Wan2.1_VAE.pth", "vae/"), "tokenizers": ("google/umt5-xxl/", "tokenizer/"),
+             "text_ckpt": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder/")}
 
 
-def beside_cogvideox(ckpt: Path | None, preset: Preset, flag: str) -> Path:
-    """A part of COGVIDEOX_PARTS in or beside ckpt, which is a download's folder, the original release's (its
-    denoiser is transformer/1/mp_rank_00_model_states.pt), or that denoiser; else of the preset or the hub."""
-    folder, original = COGVIDEOX_PARTS[flag]
+def beside_part(parts: dict[str, tuple[str, ...]], ckpt: Path | None, preset: Preset, flag: str) -> Path:
+    """One of `parts` in or beside ckpt, which is a download's folder or the denoiser in it: a file or transformer/,
+    in CogVideoX's original release transformer/1/mp_rank_00_model_states.pt; else of the preset or the hub."""
     above = (ckpt.absolute(), *ckpt.absolute().parents) if ckpt else ()
-    for root in (*above[:1], *(path.parent for path in above if path.name == "transformer")):
-        for path in (root / folder, root / original):
+    beside = above[1:2] if ckpt and ckpt.is_file() else ()
+    for root in (*above[:1], *beside, *(path.parent for path in above if path.name == "transformer")):
+        for path in (root / place for place in parts[flag]):
             if path.exists():
                 return path
-    return find(folder, preset.ckpt, preset.repo, advice=f"--{flag.replace('_', '-')} takes a local copy")
+    return find(parts[flag][0], preset.ckpt, preset.repo, advice=f"--{flag.replace('_', '-')} takes a local copy")
+
+
+def text_and_tokenizers(parts: dict[str, tuple[str, ...]], args, preset: Preset) -> tuple[Tensors, tuple]:
+    path = args.text_ckpt or beside_part(parts, args.ckpt, preset, "text_ckpt")
+    given = args.tokenizers != preset.tokenizers
+    tokenizers = Path(args.tokenizers if given else beside_part(parts, args.ckpt, preset, "tokenizers"))
+    if tokenizers.name == "tokenizer":
+        tokenizers = tokenizers.parent
+    return hub_tensors(path) if path.is_dir() else open_tensors(path), load_tokenizers(tokenizers, t5=False)
+
+
+beside_cogvideox = partial(beside_part, COGVIDEOX_PARTS)
 
 
 def open_cogvideox(args, preset: Preset, init: Path | None) -> Tensors:
@@ -219,14 +236,32 @@ def open_cogvideox_vae(args, preset: Preset) -> Tensors:
 
 def new_cogvideox_text(args, preset: Preset,
                        device: torch.device) -> tuple[CogVideoXText, dict[str, Tensors]]:
-    path = args.text_ckpt or beside_cogvideox(args.ckpt, preset, "text_ckpt")
-    given = args.tokenizers != preset.tokenizers
-    tokenizers = Path(args.tokenizers if given else beside_cogvideox(args.ckpt, preset, "tokenizers"))
-    if tokenizers.name == "tokenizer":
-        tokenizers = tokenizers.parent
-    parts = {"t5": t5_tensors(hub_tensors(path) if path.is_dir() else open_tensors(path))}
-    return CogVideoXText(parts, load_tokenizers(tokenizers, t5=False), preset.t5_length, args.null_prompt,
-                         device), parts
+    tensors, tokenizers = text_and_tokenizers(COGVIDEOX_PARTS, args, preset)
+    parts = {"t5": t5_tensors(tensors)}
+    return CogVideoXText(parts, tokenizers, preset.t5_length, args.null_prompt, device), parts
+
+
+def open_wan(args, preset: Preset, init: Path | None) -> Tensors:
+    """The original's file or shards, ComfyUI's repacks of them, or diffusers' transformer/."""
+    tensors = denoiser_file(args, preset, init)
+    image = [name for name in tensors if re.search(r"\b(img_emb|k_img|image_embedder|add_k_proj)\.", name)]
+    if image:
+        raise InputError(f"{tensors.path}: an image-to-video checkpoint (it has {image[0]}); expected one of "
+                         "Wan2.1's text-to-video models")
+    if any(name.startswith(DENOISER) for name in tensors):
+        tensors = tensors.group(DENOISER)
+    return diffusers_names.wan_from_diffusers(tensors)
+
+
+def open_wan_vae(args, preset: Preset) -> Tensors:
+    path = args.vae_ckpt or beside_part(WAN_PARTS, args.ckpt, preset, "vae_ckpt")
+    return diffusers_names.wan_vae_from_diffusers(open_tensors(path))
+
+
+def new_wan_text(args, preset: Preset, device: torch.device) -> tuple[WanText, dict[str, Tensors]]:
+    tensors, tokenizers = text_and_tokenizers(WAN_PARTS, args, preset)
+    parts = {"umt5": umt5_tensors(tensors)}
+    return WanText(parts, tokenizers, preset.t5_length, args.null_prompt, device), parts
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -268,6 +303,14 @@ FAMILIES = {
         beside=beside_cogvideox,
         condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
         sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
-        single_file=False, flags=("null_prompt", "sequence_parallel", "context_parallel"),
-        names=diffusers_names.COGVIDEOX, frames_per_latent=4, frame_step=8),
+        single_file=False, flags=("sequence_parallel", "context_parallel"), names=diffusers_names.COGVIDEOX,
+        null_prompts=("zeros", "empty"), frames_per_latent=4, frame_step=8),
+    "wan": Family(
+        network=wan.Wan, config_from_shapes=wan.config_from_shapes,
+        vae=wan_vae.WanVAE, vae_config_from_shapes=wan_vae.config_from_shapes,
+        open_denoiser=open_wan, open_vae=open_wan_vae, new_text=new_wan_text, beside=partial(beside_part, WAN_PARTS),
+        condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
+        sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
+        single_file=False, flags=("sequence_parallel",), names=diffusers_names.WAN,
+        null_prompts=("negative", "empty"), frames_per_latent=4, frame_step=4, fps=16),
 }

@@ -50,18 +50,20 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     preset = PRESETS[args.model]
     family = FAMILIES[preset.family]
     check_numbers(args)
-    for name, absent in (("no_t5", (False,)), ("motion_ckpt", (None,)), ("null_prompt", (None,)),
+    for name, absent in (("no_t5", (False,)), ("motion_ckpt", (None,)),
                          ("sequence_parallel", (1,)), ("context_parallel", (None, 1))):
         value = getattr(args, name)
         if value not in absent and name not in family.flags:
             given = f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
             raise InputError(f"{given}: not for {args.model}; expected none")
+    if args.null_prompt not in (None, *family.null_prompts):
+        raise InputError(f"--null-prompt {args.null_prompt}: not for {args.model}; "
+                         f"expected {' or '.join(family.null_prompts) or 'none'}")
     check_frames(args, preset, family)
     fill(args, preset, ("ckpt", "tokenizers", "size", "frames"))
-    if "null_prompt" in family.flags:
-        args.null_prompt = args.null_prompt or "zeros"
+    args.null_prompt = args.null_prompt or next(iter(family.null_prompts), None)
     if args.context_parallel is None:
-        args.context_parallel = args.sequence_parallel
+        args.context_parallel = args.sequence_parallel if "context_parallel" in family.flags else 1
     if args.sequence_parallel % args.context_parallel:
         raise InputError(f"--context-parallel {args.context_parallel}: expected a divisor of "
                          f"--sequence-parallel {args.sequence_parallel}, whose ranks hold the same video")

@@ -6,7 +6,7 @@ metadata or a scheduler's settings tell them apart.
 from pathlib import Path
 
 from models.checkpoint import InputError, Tensors
-from models.diffusion import SNR_SHIFT, alphas_cumprod
+from models.diffusion import FLOWS, SNR_SHIFT, alphas_cumprod
 from models.parse import read_object, short
 from models.presets import PRESETS, Preset
 
@@ -15,7 +15,7 @@ SPELLINGS = {"epsilon": ("epsilon", "eps"), "v": ("v", "v_prediction", "v-predic
 # Family -> how `modelspec.architecture` begins.
 ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
                  "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
-                 "cogvideox": "cogvideo"}
+                 "cogvideox": "cogvideo", "wan": "wan"}
 # Schedule -> entries of diffusers' scheduler_config.json.
 DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             trained_betas=None)
@@ -24,15 +24,15 @@ SCHEDULERS = {"sdxl": DDPM | dict(rescale_betas_zero_snr=False)} | {
 
 # What `networks.export` writes: key -> the allowed texts, or the smallest and largest number.
 CHOICES = {"dmdx.model": PRESETS, "dmdx.predicts": ("epsilon", "v", "velocity"),
-           "dmdx.schedule": ("flow", "sdxl", "animatediff", *SNR_SHIFT), "dmdx.rollout": ("renoise", "ode"),
-           "dmdx.null_prompt": ("zeros", "empty")}
+           "dmdx.schedule": (*FLOWS, "sdxl", "animatediff", *SNR_SHIFT), "dmdx.rollout": ("renoise", "ode"),
+           "dmdx.null_prompt": ("zeros", "empty", "negative")}
 RANGES = {"dmdx.steps": (1, 1000), "dmdx.shift": (0.01, 100), "dmdx.cfg": (-1000, 1000)}
 
 
 def check_announced(tensors: Tensors, preset: Preset) -> None:
     """Raises InputError for a file that says it is of another prediction, noise schedule or architecture than
     the preset's. `tensors`: all of the file."""
-    notes, flow = tensors.metadata, preset.schedule == "flow"
+    notes, flow = tensors.metadata, preset.schedule in FLOWS
     zero_snr = preset.schedule in SNR_SHIFT
     found = []
     if "v_pred" in tensors and preset.predicts != "v":
@@ -47,7 +47,7 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
         if key in notes and not flow and notes[key].lower() not in SPELLINGS[preset.predicts]:
             found.append(f"of another prediction ({key} {short(notes[key], 40)})")
     architecture = notes.get("modelspec.architecture", "").lower()
-    known = architecture.startswith(("stable-diffusion", "cogvideo")) or architecture.endswith("lora")
+    known = architecture.startswith(("stable-diffusion", "cogvideo", "wan")) or architecture.endswith("lora")
     if known and (not architecture.startswith(ARCHITECTURES[preset.family]) or architecture.endswith("/lora")):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
@@ -70,13 +70,14 @@ def other_scheduler(weights: Path, preset: Preset) -> list[str]:
     if weights.parent.name not in ("unet", "transformer") or not path.is_file():
         return []
     settings = read_object(path, "a scheduler's settings")
-    kind = str(settings.get("_class_name", ""))
+    kind, flow = str(settings.get("_class_name", "")), preset.schedule in FLOWS
     expected = dict(SCHEDULERS.get(preset.schedule, {}))
-    if preset.schedule != "flow":
+    if not flow:
         expected["prediction_type"] = {"v": "v_prediction"}.get(preset.predicts, preset.predicts)
     wrong = [f"{key} {short(settings[key], 40)}" for key, value in expected.items()
              if settings.get(key, value) != value]
-    if kind.startswith("EDM") or kind and ("Flow" in kind) != (preset.schedule == "flow"):
+    flows = "Flow" in kind or settings.get("prediction_type") == "flow_prediction"  # as Wan's UniPC
+    if kind.startswith("EDM") or kind and flows != flow:
         wrong.append(f"_class_name {short(kind, 60)}")
     return [f"trained otherwise ({path} has {', '.join(wrong)})"] if wrong else []
 

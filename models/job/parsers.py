@@ -31,14 +31,15 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--ckpt", type=Path, help="original single file, or a folder in diffusers' layout; else the hub's")
     add("--motion-ckpt", type=Path, help="AnimateDiff's motion modules, as mm_sd_v15_v2.ckpt")
     add("--text-ckpt", type=Path, help="folder of clip_l, clip_g and t5xxl files, or in diffusers' layout; "
-        "CogVideoX: folder or file of T5")
+        "CogVideoX, Wan: folder or file of T5")
     add("--vae-ckpt", type=Path, help="file or folder of the VAE, where it is not in or beside --ckpt")
     add("--tokenizers", help="folder or hub repository with tokenizer/ and tokenizer_3/")
     add("--no-t5", action="store_true", help="SD3: zeros in place of T5's tokens")
-    add("--null-prompt", choices=("zeros", "empty"),
-        help="CogVideoX's unconditional: zeros (default), as it was trained, or the encoded empty prompt")
+    add("--null-prompt", choices=("zeros", "empty", "negative"),
+        help="unconditional of CogVideoX: zeros (default), as it was trained, or the encoded empty prompt; of Wan: the "
+        "original's negative prompt (default), or the empty one")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    add("--frames", type=int, help="of a video; CogVideoX: 8 k + 1")
+    add("--frames", type=int, help="of a video; CogVideoX: 8 k + 1, Wan: 4 k + 1")
     add = parser.add_argument_group("memory and ranks").add_argument
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
     add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
