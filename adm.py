@@ -19,7 +19,7 @@ from models.job import parsers
 
 def parse_args(argv=None):
     parser, add = parsers.distillation_parser(__file__, __doc__)
-    add("--lr-tau", type=float, help="learning rate of the discriminator")
+    parsers.add_discriminator_flags(parser, add)
     add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
     add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
     return parser.parse_args(argv)
@@ -78,7 +78,7 @@ def main(args):
     opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta))
     opt_tau = adamw((tau, args.lr_tau))
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
-    job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)
+    job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta, D_tau=D_tau.F_phi)
 
     gen_iter, global_iter = job.gen_iter, job.global_iter                              # Alg. 1 l. 3
     accumulation = len(job.micro_batches)

@@ -30,7 +30,7 @@ def parse_args(argv=None):
         help="weights of the two discriminators, Eqs. (9), (10); one of weight 0 is not built")
     add("--pixel-encoder", choices=("sam", "dinov2"), default="sam", help="of the pixel discriminator")
     add("--pixel-ckpt", type=Path, help="its weights; without them the Hugging Face hub is asked")
-    add("--lr-tau", type=float, help="learning rate of the discriminators")
+    parsers.add_discriminator_flags(parser, add)
     return parser.parse_args(argv)
 
 
@@ -63,7 +63,7 @@ def main(args):
                                                         args.model, networks.latent_shape(args, preset))
     if pairs:
         networks.check_pairs(args, preset, pairs)
-    job = Job(__file__, args, preset, mesh, device)
+    job = Job(__file__, args, preset, mesh, device, pairs.all_prompts() if pairs and args.cache_text else [])
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
     adapters = {"generator": args.lora_rank} if args.lora_rank else {}
@@ -87,15 +87,16 @@ def main(args):
     if tau:
         roles |= dict(tau=(tau, adamw((tau, args.lr_tau))))
     job.start(**roles)
-    job.watch(F_phi=F_phi, G_theta=G_theta)
+    job.watch(F_phi=F_phi, G_theta=G_theta, **(dict(D_tau1=D_tau1.F_phi) if lambda_1 else {}))
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     iteration, accumulation, recompute = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
 
-    def pair(indices):  # x_T, x_0 and c
+    def batch():  # of each micro-batch: x_T, x_0 and c
         if pairs is None:
-            return job.noise("x_T", indices), job.noise("x_0", indices), job.random_conditions(indices)
-        x_T, x_0, prompts = pairs.read(job.shuffled(indices, len(pairs)))
-        return x_T.to(device), x_0.to(device), job.text.encode(prompts)
+            return [(job.noise("x_T", indices), job.noise("x_0", indices), c)
+                    for indices, c in zip(job.micro_batches, job.conditions())]
+        x_T, x_0, prompts = pairs.read(job.shuffled(sum(job.micro_batches, []), len(pairs)))
+        return zip(*(x.to(device).split(args.micro_batch) for x in (x_T, x_0)), job.conditions(prompts))
 
     def pixel_features(x):  # D_tau2's maps, a few pictures at a time: the graph of a decoder takes gigabytes
         for part in x.split(preset.decode_batch):
@@ -105,10 +106,9 @@ def main(args):
     while iteration < args.max_iter:
         iteration += 1
         log = job.begin(iteration)
-        for indices in job.micro_batches:
+        for indices, (x_T, x_0, c) in zip(job.micro_batches, batch()):
             # update generator G_theta
             set_trainable(tau, False)
-            x_T, x_0, c = pair(indices)
             t = 1 - job.uniform("t", indices) ** 3                                     # Sec. 4.2.1
             x_t = q(G_theta.schedule, x_0, t, x_T)  # linear interpolation of the pair  # Sec. 4.2.1
             v = G_theta(x_t, t, c)

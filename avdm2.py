@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, metavar="PASSES", help="until the learning rates are whole")
     add("--lr-motion", type=float, help="of the generator's motion modules; --lr-theta is its UNet's")
     add("--lr-psi", type=float, help="learning rate of the fake model")
-    add("--lr-tau", type=float, help="learning rate of the discriminator")
+    parsers.add_discriminator_flags(parser, add)
     return parser.parse_args(argv)
 
 
@@ -70,12 +70,12 @@ def main(args):
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected weights >= 0")
     if args.sdm == "2d" and args.frames_sdm > args.frames:
         raise InputError(f"--frames-sdm {args.frames_sdm}: expected at most the clip's {args.frames} frames")
-    clips.check_flags(args, preset)
+    source = clips.open_source(args, preset)
     args_2d, preset_2d = networks.frame_model(args, preset)
     if args.teacher_2d and not args.random_weights:
         networks.open_denoiser(args_2d, preset_2d)  # a wrong file is refused before the others are loaded
-    job = Job(__file__, args, preset, mesh, device)
-    real = clips.open_clips(job)
+    job = Job(__file__, args, preset, mesh, device, clips.captions_of(source) if args.cache_text else [])
+    real = clips.open_clips(job, source)
     load = partial(networks.load_network, args, preset, mesh, device)
     load_2d = partial(networks.load_network, args_2d, preset_2d, mesh, device)
 
@@ -99,7 +99,7 @@ def main(args):
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
     job.start(**roles)
-    job.watch(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}))
+    job.watch(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}), D_tau=D_tau.F_phi)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas

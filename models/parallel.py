@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache, partial
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -114,10 +115,20 @@ def barrier() -> None:
 
 # ---- sharding ----------------------------------------------------------------------------------------------
 
+GATHERED: WeakSet[FSDPModule] = WeakSet()  # units whose weights stay whole after a forward
+
+
+def reshard() -> None:
+    """Free the whole weights that `shard(..., keep=True)` has left: they are copies, which no step changes."""
+    for unit in GATHERED:
+        unit.reshard()
+
+
 def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False,
-          checkpointing: bool = False, compiled: bool = False) -> nn.Module:
+          checkpointing: bool = False, compiled: bool = False, keep: bool = False) -> nn.Module:
     """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload, and
-    non-reentrant activation checkpointing and torch.compile inside each unit. In place, also on `meta`."""
+    non-reentrant activation checkpointing and torch.compile inside each unit. In place, also on `meta`. `keep`:
+    weights stay gathered after a forward, until a backward or `reshard`."""
     cuda = mesh.device_type == "cuda"
     options = dict(
         mesh=mesh if mesh.shape[0] > 1 else mesh["shard"],
@@ -126,8 +137,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
                                        cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
         # The root too: gathered by a last forward without gradient, its weights would miss the
-        # optimizer's step.
-        reshard_after_forward=True)
+        # optimizer's step, and a change of requires_grad. With `keep` both call `reshard`.
+        reshard_after_forward=not keep)
     # One process shares nothing and may have nothing to cast (adapters cast themselves): FSDP's hooks cost as
     # much as a tiny network itself.
     cast = any(p.dtype != dtype for name, p in net.named_parameters() if ".lora_" not in name)
@@ -140,7 +151,10 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         if not alone:
             fully_shard(block, **options)
-    return net if alone else fully_shard(net, **options)
+    if alone:
+        return net
+    GATHERED.update([*net.blocks(), net] if keep else [])
+    return fully_shard(net, **options)
 
 
 def settle(net: nn.Module) -> None:
@@ -227,6 +241,8 @@ def adamw(*groups: tuple[dict[str, nn.Parameter], float], betas: tuple[float, fl
 
 
 def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
+    if any(p.requires_grad != on for p in params.values()):
+        reshard()  # whole weights are told when they are gathered
     for p in params.values():
         p.requires_grad_(on)
 
@@ -235,6 +251,7 @@ def update(opt: torch.optim.Optimizer, loss: Tensor, warmup: float = 1.0) -> tup
     """Step, at `warmup` times the learning rates, and clear the gradients that `loss` (detached, this rank's
     mean) left: (loss over all ranks, gradient norm). A non-finite loss or norm skips the step on every rank
     alike; the caller sees it in the returned values."""
+    reshard()
     trained = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm([p.grad for p in trained]) if trained else torch.zeros(())
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

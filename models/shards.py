@@ -208,6 +208,20 @@ class Pairs:
         return (f"{self.folder}: {self.kind.noun} of {self.manifest['model']} at {height}x{width}, "
                 f"{len(self)}{unfinished}")
 
+    def all_prompts(self) -> list[str | None]:
+        """Of every entry, in order; the shards' other bytes are not read. Raises InputError for damaged prompts."""
+        found = []
+        for entry in self.shards:
+            path = self.folder / entry["file"]
+            try:
+                prompts = parse_json(open_tensors(path)["prompts"].numpy().tobytes())
+                if len(prompts) != entry["count"] or not all(isinstance(prompt, str | None) for prompt in prompts):
+                    raise ValueError
+            except (ValueError, TypeError):
+                raise InputError(damaged(path, "damaged prompts", self.kind)) from None
+            found += prompts
+        return found
+
     def shard(self, k: int) -> Tensors:
         if k not in self.opened:
             path = self.folder / self.shards[k]["file"]

@@ -94,6 +94,7 @@ class D(nn.Module):
     def __init__(self, logit=lambda weight, h: weight * h.mean((1, 2, 3))):
         super().__init__()
         self.weight, self.logit, self.asked = nn.Parameter(torch.tensor(1.0)), logit, []
+        self.F_phi = None
 
     def features(self, x, *rest) -> list[Tensor]:
         self.asked.append((x, *rest))

@@ -515,13 +515,13 @@ def open_job(out, *flags_given):
     device, mesh = init_distributed()
     args = avdm2.parse_args(list(map(str, [*flags_given, "--out", out])))
     preset = flags.resolve(args)
-    clips.check_flags(args, preset)
+    source = clips.open_source(args, preset)
     job = job_module.Job("avdm2", args, preset, mesh, device)
     seen = {}
     encode, vae_encode = job.text.encode, job.vae.encode
     job.text.encode = lambda captions: seen.update(captions=captions) or encode(captions)
     job.vae.encode = lambda video, eps: seen.update(video=video, eps=eps) or vae_encode(video, eps)
-    return job, clips.open_clips(job), seen
+    return job, clips.open_clips(job, source), seen
 
 
 def test_drawn_clips_show_their_captions(tmp_path):
@@ -552,6 +552,8 @@ def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys):
     live, real, _ = open_job(tmp_path / "a", *source)
     cached, read, seen = open_job(tmp_path / "b", "--latents", tmp_path / "latents", "--batch-size", 6)
     assert "made with another" not in capsys.readouterr().out
+    videos, encoded = clips.open_source(live.args, ROW), clips.open_source(cached.args, ROW)
+    assert set(clips.captions_of(videos)) == set(clips.captions_of(encoded)) == {"a red circle moving left"}
     open_job(tmp_path / "c", "--latents", tmp_path / "latents", "--stride", 2, "--vae-precision", "bf16")
     assert (f"note: {tmp_path / 'latents'} was made with another --vae-ckpt or --vae-precision and another --stride\n"
             in capsys.readouterr().out)

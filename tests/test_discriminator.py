@@ -18,6 +18,7 @@ from transformers import (
     SamVisionModel,
 )
 
+import adm
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.animatediff import AnimateDiff
 from models.cogvideox import CogVideoX
@@ -30,7 +31,9 @@ from models.discriminator import (
     hinge,
     shrink_count,
 )
+from models.job import flags, networks
 from models.mmdit import MMDiT, config_from_shapes
+from models.parallel import init_distributed
 from models.presets import PRESETS
 from models.vision import dinov2_encoder, load_vision, original_name, sam_encoder
 
@@ -84,6 +87,27 @@ def test_backbone_is_the_teacher_and_is_not_registered():
     teacher = {p.data_ptr() for p in F_phi.net.parameters()}
     assert all(p.data_ptr() not in teacher for p in D_tau.parameters())
     assert all(name.startswith("heads.") for name in D_tau.state_dict())
+
+
+def test_float32_beside_networks_in_bf16():
+    """Inputs 1 % apart: what is left of their features' difference in bf16, and all of it in --d-precision fp32."""
+    device, mesh = init_distributed()
+    found = {}
+    for precision, given in (("fp32", []), ("bf16", []), ("bf16", ["--d-precision", "fp32"])):
+        args = adm.parse_args(["--precision", precision, *given])
+        preset = flags.resolve(args)
+        teacher = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
+        D_tau = networks.new_discriminator(args, preset, teacher, mesh, device)
+        assert (D_tau.F_phi is teacher) == (not given) and not any(p.requires_grad for p in D_tau.F_phi.net.parameters())
+        torch.manual_seed(0)
+        x, t, c = torch.randn(4, 4, 8, 8), torch.full((4,), 0.5), (torch.randn(4, 16, 128), torch.randn(4, 128))
+        with torch.no_grad():
+            real, fake = (D_tau.features(y, t, c) for y in (x, x + 0.01 * torch.randn_like(x)))
+        found[precision, *given] = torch.cat([(a.float() - b.float()).flatten() for a, b in zip(real, fake)])
+        assert D_tau(real).dtype == torch.float32
+    expected, coarse, fine = found.values()
+    assert torch.equal(fine, expected)
+    assert torch.cosine_similarity(coarse, expected, dim=0) < 0.9  # tests/d_precision.py: 0.4 to 0.6
 
 
 def test_gradient_reaches_the_sample_and_the_heads_but_not_the_backbone():

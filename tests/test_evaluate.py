@@ -4,6 +4,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -410,6 +411,13 @@ def test_quick_scores_of_images_and_videos():
     assert found == {"clip": expected(videos.flatten(0, 1), ["x"] * 3 + ["yy"] * 3)}
 
 
+def test_a_scorers_network_is_on_the_device_only_while_it_scores():
+    images, scorer, places = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), Scorer(""), []
+    scorer.net = SimpleNamespace(to=lambda place: places.append((str(place), scorer.seen)))
+    quick_scores(images, ["x", "y", "z"], ["clip"], {"clip": scorer}, batch=2, device=torch.device("cuda", 0))
+    assert places == [("cuda:0", 0), ("cpu", 3)]
+
+
 # ---- tables ------------------------------------------------------------------------------------------------
 
 def test_paper_rows_fit_the_model_and_the_columns():
@@ -440,9 +448,11 @@ def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeyp
     """--evaluate-every: the exact evaluator and a scorer, through `quick_scores`; a resume leaves no line twice."""
     asked = []
 
-    def load(kind, device):
+    def load(kind):
         asked.append(kind)
-        return lambda images, prompts: torch.tensor([float(np.asarray(image).mean()) for image in images])
+        scorer = Scorer("")
+        scorer.net = torch.nn.Identity()
+        return scorer
     monkeypatch.setattr("models.eval.scores.load_scorer", load)
     flags = ["--batch-size", "2", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
              "--lora-rank", "4", "--fake-lora", "4", "--save-every", "1", "--out", str(tmp_path / "run")]

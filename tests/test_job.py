@@ -489,7 +489,9 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     assert lines == [f"{i}: margin +0.6000 told apart 0.75 loss_tau 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4]], ids=["full", "fake-lora"])
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4],
+                                   ["--lora-rank", 4, "--precision", "bf16", "--d-precision", "fp32"]],
+                         ids=["full", "fake-lora", "D in float32"])
 def test_profile_prints_phases_and_evaluations(tmp_path, capsys, flags):
     train("--profile", 1, "--random-weights", "--batch-size", 4, "--micro-batch", 2, "--out", tmp_path / "run", *flags)
     out = capsys.readouterr().out

@@ -16,7 +16,7 @@ from test_videos import table
 from torch import nn
 
 from models.checkpoint import open_tensors
-from models.parallel import adamw, init_distributed, update
+from models.parallel import adamw, init_distributed, set_trainable, settle, shard, update
 
 # Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that where that is
 # 0 but for rounding two runs end up to two rates apart, and their next figures with them.
@@ -26,13 +26,14 @@ MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4],
          "fake-lora": ["--lora-rank", 4, "--fake-lora", 4]}
 CUTS = {"two": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1],
         "replicated": ["--shard-ranks", 1], "sequence": ["--sequence-parallel", 2],
-        "all": ["--offload", "--micro-batch", 1, "--shard-ranks", 1]}
+        "all": ["--offload", "--micro-batch", 1, "--shard-ranks", 1], "gathered": ["--no-reshard"]}
 ODES = ["--model", "tiny-sd3", "--steps", 2, "--dtype", "fp32", "--shard-size", 8, "--count", 28]
 
 # (run, cut): the runs of one launch of torchrun. `lora` is half `full`, half `fake-lora`, and has all cuts at once.
-RUNS = [("full", cut) for cut in ("two", "offload", "accumulation")]
-RUNS += [("fake-lora", cut) for cut in ("two", "offload", "replicated")]
-RUNS += [("lora", "two"), ("lora", "all"), ("adp", "two"), ("adp", "offload"), ("dmd", "two"), ("avdm2", "two")]
+RUNS = [("full", cut) for cut in ("two", "offload", "accumulation", "gathered")]
+RUNS += [("fake-lora", cut) for cut in ("two", "offload", "replicated", "gathered")]
+RUNS += [("lora", "two"), ("lora", "all"), ("adp", "two"), ("adp", "offload"), ("dmd", "two")]
+RUNS += [("avdm2", "two"), ("avdm2", "gathered")]
 RUNS += [("adp-lora", "two"), ("cogvideox-lora", "sequence")]  # a UNet; ranks that share the video's tokens
 NAMES = [*MODES, "adp", "adp-lora", "cogvideox-lora", "dmd", "avdm2"]
 SAVED = {"avdm2": 2}  # the pass of the first generator update, elsewhere 1
@@ -195,6 +196,32 @@ def test_adamw_without_first_moment_is_adamw_bit_for_bit():
         theirs.step(), theirs.zero_grad()
         assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
         assert all(state.keys() == {"step", "exp_avg_sq"} for state in ours.state.values())
+
+
+class Line(nn.Linear):
+    def blocks(self):
+        return []
+
+
+def test_gathered_weights_follow_what_is_frozen_and_what_is_stepped():
+    """--no-reshard: a forward without gradient comes before the change of requires_grad, and before a step."""
+    _, mesh = init_distributed()
+    net = shard(Line(3, 1, bias=False).requires_grad_(False), mesh, torch.float32, offload=True, keep=True)
+    settle(net)
+    params, x, found = dict(net.named_parameters()), torch.ones(1, 3), []
+    opt = adamw((params, 0.1))
+    for step in range(2):
+        with torch.no_grad():
+            found.append(net(x).item())
+        set_trainable(params, True)
+        net(x).sum().backward()
+        set_trainable(params, False)
+        with torch.no_grad():
+            net(x)
+        update(opt, torch.zeros(()))
+    first, second = found
+    assert first - second == pytest.approx(0.3)  # three weights, each by the rate
+    assert second - net(x).item() == pytest.approx(0.3)
 
 
 # ---- continued ---------------------------------------------------------------------------------------------

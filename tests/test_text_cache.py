@@ -9,6 +9,9 @@ import torch
 from conftest import ROOT, refusal_of
 
 import adm
+import adp
+import avdm2
+import collect_odes
 import dmd
 from models.job import text_cache
 from models.shards import read_manifest
@@ -22,7 +25,7 @@ def train(*flags, script=adm):
 
 def losses(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(row["loss_psi"], row["loss_theta"]) for row in rows]
+    return [[value for name, value in row.items() if name.startswith("loss_")] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,24 @@ def test_the_encoders_are_not_loaded_again(cached, prompts, tmp_path, monkeypatc
     train(*SMALL, "--prompts", prompts, "--cache-text", cached[0], "--out", tmp_path)
     assert losses(tmp_path) == cached[1]
     train(*SMALL, "--prompts", prompts, "--cache-text", cached[0], "--out", tmp_path / "dmd", script=dmd)
+
+
+@pytest.mark.parametrize("script", [adp, avdm2])
+def test_prompts_of_pairs_and_clips_are_known(tmp_path, monkeypatch, script):
+    """ADP's are asked for together, those of two micro-batches of two."""
+    asked, encode = [], text_cache.CachedText.encode
+    monkeypatch.setattr(text_cache.CachedText, "encode", lambda *args: asked.append(len(args[1])) or encode(*args))
+    flags = ["--batch-size", 4, "--micro-batch", 2, "--max-iter", 2, "--evaluate", 0]
+    if script is adp:
+        made = ["--model", "tiny-sdxl", "--count", 6, "--steps", 1, "--shard-size", 4, "--out", tmp_path / "pairs"]
+        collect_odes.main(collect_odes.parse_args(list(map(str, made))))
+        flags += ["--pairs", tmp_path / "pairs", "--lambdas", 1, 0]
+    else:
+        flags += ["--sdm", "none", "--ttur", 1]
+    train(*flags, "--out", tmp_path / "without", script=script)
+    train(*flags, "--cache-text", tmp_path / "text", "--out", tmp_path / "with", script=script)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without") and len(losses(tmp_path / "with")) == 2
+    assert asked == [1] + ([4, 4] if script is adp else [2, 2, 2, 2])  # after the unconditional
 
 
 def test_new_prompts_are_added(cached, tmp_path, capsys):

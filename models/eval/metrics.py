@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from models.checkpoint import InputError, replacing, some
@@ -249,9 +250,10 @@ def procedural(name: str) -> ModuleType:
 
 
 def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers: dict[str, Callable],
-                 batch: int = 16) -> dict[str, float]:
+                 batch: int = 16, device: torch.device | None = None) -> dict[str, float]:
     """Figures of images (B 3 H W) or videos (B F 3 H W), uint8: of "shapes" the exact evaluator's, of other
-    metrics the mean of `scorers[metric]` (models/eval/scores.py) over the images or over all frames."""
+    metrics the mean of `scorers[metric]` (models/eval/scores.py) over the images or over all frames. `device`:
+    where each scorer's network, which is on the CPU, is only while it scores."""
     figures = {}
     for metric in metrics:
         if metric == "shapes":
@@ -259,7 +261,12 @@ def quick_scores(images: Tensor, prompts: list[str], metrics: list[str], scorers
             continue
         frames = images.flatten(0, -4)
         repeated = [prompt for prompt in prompts for _ in range(len(frames) // len(prompts))]
-        parts = [scorers[metric]([picture(frame) for frame in frames[i:i + batch]], repeated[i:i + batch])
+        scorer = scorers[metric]
+        if device:
+            scorer.net.to(device)
+        parts = [scorer([picture(frame) for frame in frames[i:i + batch]], repeated[i:i + batch])
                  for i in range(0, len(frames), batch)]
+        if device:
+            scorer.net.to("cpu")
         figures[metric] = mean([score for part in parts for score in part.tolist()])
     return figures

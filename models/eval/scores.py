@@ -260,10 +260,10 @@ def mps_scorer(ckpt, tokenizer, device, threshold: float = 0.3) -> Scorer:
     tok = tokenizer_for(clip, tokenizer, ckpt, BACKBONES["ViT-H-14"][0])
     window = clip.config.text_config.max_position_embeddings
     ids = partial(token_ids, tok, window=window, padding=tok.pad_token_id)
-    condition = ids([CONDITION]).to(device)
+    condition = ids([CONDITION])
 
     def score(pixels: Tensor, ids: Tensor) -> Tensor:
-        about, text = text_tokens(clip, torch.cat([condition, ids])).split([1, len(ids)])
+        about, text = text_tokens(clip, torch.cat([condition.to(ids.device), ids])).split([1, len(ids)])
         return mps_score(cross, image_tokens(clip, pixels), text, at_end(text, ids), about[0],
                          clip.logit_scale, threshold)
 

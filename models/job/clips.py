@@ -13,18 +13,19 @@ from models.checkpoint import InputError
 from models.eval.metrics import procedural
 from models.job.job import Job
 from models.job.latents import vae_digest
+from models.job.networks import latent_shape
 from models.parallel import print0
 from models.presets import Preset
-from models.shards import open_pairs, read_manifest
+from models.shards import Pairs, open_pairs
 from models.text import Cond
 from models.videos import Clips
 
 SEED = 1000  # of clips that are drawn; the held-out ones have others
 
 
-def check_flags(args: argparse.Namespace, preset: Preset) -> None:
-    """Before a network is loaded: raises InputError where the flags name no real clips, or two sources, and for
-    a damaged manifest of --latents."""
+def open_source(args: argparse.Namespace, preset: Preset) -> Clips | Pairs | list[str]:
+    """Videos, latents, or the captions of which clips are drawn. Raises InputError where the flags name no real
+    clips, or two sources, and for files that cannot be read."""
     given, drawn = bool(args.videos) + bool(args.latents), bool(preset.data) or args.random_weights
     if given > 1 or args.table and not args.videos or not (given or drawn):
         raise InputError(f"--model {args.model}: expected real clips from --videos FOLDER, with --prompts FILE.csv "
@@ -33,44 +34,52 @@ def check_flags(args: argparse.Namespace, preset: Preset) -> None:
         raise InputError(f"--size {args.size[0]} {args.size[1]}: the clips of {args.model} are drawn at "
                          f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
     if args.latents:
-        read_manifest(args.latents, "latents")
+        return open_pairs(args.latents, args.model, latent_shape(args, preset), "latents")
+    if args.videos:
+        return Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
+    return procedural(preset.data).captions()[:-1] if preset.data else []
 
 
-def open_clips(job: Job) -> Callable[[list[int]], tuple[Tensor, Cond]]:
+def captions_of(source: Clips | Pairs | list[str]) -> list[str]:
+    """Every caption that training may ask for."""
+    if isinstance(source, Clips):
+        return [source.row(k)[1] for k in range(len(source))]
+    return source.all_prompts() if isinstance(source, Pairs) else source
+
+
+def open_clips(job: Job, source: Clips | Pairs | list[str]) -> Callable[[list[int]], tuple[Tensor, Cond]]:
     """A function of global sample indices: latents x_0 (B T C h w) of a sample of the VAE's posterior, and
-    the conditions of their captions. Raises InputError for files that cannot be read."""
+    the conditions of their captions."""
     args, preset, device = job.args, job.preset, job.device
     if args.random_weights:
         return lambda indices: (job.noise("x_0", indices), job.random_conditions(indices))
 
     if args.latents:
-        pairs = open_pairs(args.latents, args.model, job.latent_shape, "latents")
-        print0(pairs)
+        print0(source)
         now = {"vae": ("--vae-ckpt or --vae-precision", vae_digest(job.vae)), "stride": ("--stride", args.stride)}
-        other = [flag for key, (flag, value) in now.items() if pairs.manifest.get(key, value) != value]
+        other = [flag for key, (flag, value) in now.items() if source.manifest.get(key, value) != value]
         if other:
             print0(f"note: {args.latents} was made with another {' and another '.join(other)}")
 
         def real(indices):
-            x_0, captions = pairs.read(job.shuffled(indices, len(pairs)))
+            x_0, captions = source.read(job.shuffled(indices, len(source)))
             return x_0.to(device), job.text.encode(captions)
         return real
 
     if args.videos:
-        clips = Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
-        print0(clips)
+        print0(source)
 
         def read(indices):
-            before = clips.skipped
-            found = clips.read(job.global_iter, indices)
-            clips.prefetch(job.global_iter + 1, indices)  # decoded while the networks work
-            job.faults, job.bad_videos = clips.bad, job.bad_videos + clips.skipped - before
+            before = source.skipped
+            found = source.read(job.global_iter, indices)
+            source.prefetch(job.global_iter + 1, indices)  # decoded while the networks work
+            job.faults, job.bad_videos = source.bad, job.bad_videos + source.skipped - before
             return found
     else:
-        data, captions = procedural(preset.data), procedural(preset.data).captions()[:-1]
+        data = procedural(preset.data)
 
         def read(indices):
-            drawn = [captions[i] for i in job.shuffled(indices, len(captions))]
+            drawn = [source[i] for i in job.shuffled(indices, len(source))]
             first = (job.global_iter - 1) * args.batch_size
             scenes = data.random_scenes(SEED + args.seed, [first + i for i in indices], data.parse(drawn))
             return data.draw_clip(scenes, args.frames), drawn

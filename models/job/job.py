@@ -43,10 +43,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of schedulers, 
 
 
 class Job:
-    """Run folder, prompts, micro-batches, log, state and samples of one training run."""
+    """Run folder, prompts, micro-batches, log, state and samples of a run. `prompts`: the data's, for --cache-text."""
 
     def __init__(self, script: str, args: argparse.Namespace, preset: Preset, mesh: DeviceMesh,
-                 device: torch.device):
+                 device: torch.device, prompts: list[str] = []):
         self.args, self.preset, self.device = args, preset, device
         self.out = run_folder(args, Path(script).stem)
         # Ranks that share the tokens of their samples have the same samples.
@@ -73,7 +73,7 @@ class Job:
             open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
             self.vae = load_vae(args, preset, device)
-            known = [*self.prompts, *preset.sample_prompts, *self.known_prompts()]
+            known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
             self.text = open_text(args, preset, mesh, device, known)
             self.c_null = self.text.unconditional()
             few = self.prompts[:200]  # all of a large file would take minutes
@@ -83,7 +83,7 @@ class Job:
             kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
             if kinds and is_main():
                 from models.eval.scores import load_scorer
-                self.scorers = {kind: load_scorer(kind, device=device) for kind in kinds}
+                self.scorers = {kind: load_scorer(kind) for kind in kinds}
 
     def random_conditions(self, indices: list[int]) -> Cond:
         """Of the true shapes: --random-weights has no text encoders."""
@@ -110,14 +110,14 @@ class Job:
         first = (self.global_iter - 1) * self.args.batch_size
         return [data.prompt_index(self.args.seed, first + i, count) for i in indices]
 
-    def conditions(self) -> list[Cond]:
-        """One prompt per global sample index, for each micro-batch; the same for both updates of an iteration.
-        Encoded together: sharded or offloaded encoders are gathered once."""  # [choice]
+    def conditions(self, prompts: list[str] | None = None) -> list[Cond]:
+        """Of each micro-batch: one prompt per global sample index, by default of --prompts and the same for both
+        updates of an iteration. Encoded together: sharded or offloaded encoders are gathered once."""  # [choice]
         if self.text is None:  # made once, or --profile would measure it
             self.random = self.random or [self.random_conditions(indices) for indices in self.micro_batches]
             return self.random
         indices, size = sum(self.micro_batches, []), len(self.micro_batches[0])
-        prompts = [self.prompts[i] for i in self.shuffled(indices, len(self.prompts))]
+        prompts = prompts or [self.prompts[i] for i in self.shuffled(indices, len(self.prompts))]
         return [Cond(*parts) for parts in zip(*(part.split(size) for part in self.text.encode(prompts)))]
 
     def start(self, **roles: tuple[dict[str, nn.Parameter], torch.optim.Optimizer]) -> None:
@@ -271,7 +271,7 @@ class Job:
             images = self.sample(G_theta, prompts, tn, student_cfg(args))
             if is_main():
                 from models.eval.metrics import quick_scores
-                figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers)
+                figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers, device=self.device)
                 with writing(self.out):
                     data.append_jsonl(self.out / "evaluation.jsonl", dict(gen_iter=self.gen_iter) | figures)
                 self.bar.write(f"{self.gen_iter}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))

@@ -28,6 +28,7 @@ from models.parallel import (
     materialise,
     neighbours,
     print0,
+    reshard,
     settle,
     shard,
 )
@@ -95,7 +96,7 @@ def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, t
         lora.add_lora(net, family.names, name, rank)
     if args.sequence_parallel > 1:
         sequence_parallel(net, neighbours(args.sequence_parallel))
-    shard(net, mesh, compute, args.offload, checkpointing=not args.no_checkpointing, compiled=args.compile)
+    shard(net, mesh, compute, args.offload, not args.no_checkpointing, args.compile, args.no_reshard)
     materialise(net, device, args.offload)
     if tensors is None:
         fill_random(net, args.seed)
@@ -242,7 +243,10 @@ def shard_heads(args, build: Callable[[], nn.Module], mesh: DeviceMesh, device: 
 
 def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, device: torch.device,
                       kind: type = Discriminator) -> Discriminator | VideoDiscriminator:
-    """The latent D_tau on F_phi's module."""
+    """The latent D_tau on F_phi's module or, where --d-precision is not --precision, on a frozen copy of it."""
+    if args.d_precision not in (None, args.precision):  # [choice] bf16 on GPUs: a copy takes as much memory again
+        args = argparse.Namespace(**vars(args) | dict(precision=args.d_precision))
+        F_phi = replace(F_phi, net=load_network(args, preset, mesh, device))
     shape = latent_shape(args, preset)
     taps = F_phi.net.tap_shapes(*(shape if preset.frames else shape[-2:]))
     return shard_heads(args, lambda: kind(F_phi, tuple(taps), list(taps.values()), preset.head_width), mesh,
@@ -281,6 +285,7 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
     weights in the original layout, with the VAE of this run and the checkpoint's text encoders if that is a
     single file. Raises InputError for weights that are not finite."""
     family = FAMILIES[preset.family]
+    reshard()  # the weights that compute may be in half precision
     bad = [name for name, p in trainables(G_theta).items() if not local_rows(p)[0].isfinite().all()]
     if bad:
         raise InputError(f"{out}: the generator is not exported, because {len(bad)} of its tensors are not "

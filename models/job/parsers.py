@@ -44,6 +44,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
     add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
     add("--offload", action="store_true", help="parameters and optimizer state on the CPU (FSDP2 offload)")
+    add("--no-reshard", action="store_true", help="keep gathered weights until a backward or an update")
     add("--compile", action="store_true", help="torch.compile of each block of the denoisers")
     add("--shard-ranks", type=int, help="ranks that share one copy of the networks; default: one node")
     add("--sequence-parallel", type=int, default=1, metavar="K", help="ranks that share each video's tokens")
@@ -51,7 +52,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None)  # for those without
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those without
     return parser
 
 
@@ -67,6 +68,8 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     add("--micro-batch", type=int, help="samples per forward on one rank")
     add("--no-checkpointing", action="store_true", default=None,
         help="keep activations, do not compute them twice")
+    add("--cache-text", type=Path, metavar="FOLDER",
+        help="encode every prompt into this folder, once, and train without the text encoders")
     algorithm = parser.add_argument_group("algorithm").add_argument
     algorithm("--max-iter", type=int, help="generator updates")
     algorithm("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
@@ -94,8 +97,6 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
 def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Callable]:
     """`training_parser` with the flags that ADM and its baseline DMD have in common."""
     parser, add = training_parser(script, doc)
-    heading(parser, "memory and ranks")("--cache-text", type=Path, metavar="FOLDER",
-        help="encode every prompt into this folder, once, and train without the text encoders")
     add("--prompts", type=Path, nargs="+", help=".txt, .jsonl, .csv, .tsv or .json")
     add("--init", type=Path, metavar="RUN",
         help="start the generator from this run's, as of adp.py; with --lora-rank from its adapter")
@@ -109,6 +110,12 @@ def distillation_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser,
         help="the fake model is an adapter too (rank 64): with --lora-rank all networks share one base")
     add("--lr-psi", type=float, help="learning rate of the fake model")
     return parser, add
+
+
+def add_discriminator_flags(parser: argparse.ArgumentParser, add: Callable) -> None:
+    add("--lr-tau", type=float, help="learning rate of the discriminator, or of both")
+    heading(parser, "memory and ranks")("--d-precision", choices=("bf16", "fp32"),
+        help="of the latent discriminator and its backbone; default: --precision, which needs no copy of the teacher")
 
 
 def add_clip_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models import shards
-from models.checkpoint import InputError, open_tensors
+from models.checkpoint import InputError
 from models.job.families import FAMILIES
 from models.job.folder import check_out, hold
 from models.job.networks import DTYPES, load_text, teacher_files
 from models.parallel import barrier, is_main, print0
-from models.parse import parse_json
 from models.presets import Preset
 from models.progress import bar
 from models.text import Cond, Text
@@ -30,10 +29,8 @@ class CachedText:
     """In place of the encoders, for the prompts that were encoded. Raises InputError for a damaged shard."""
 
     def __init__(self, folder: Path, manifest: dict, device: torch.device):
-        self.pairs, self.device, self.places = shards.Pairs(folder, manifest), device, {}
-        for entry in self.pairs.shards:  # the other bytes are checked when they are first read
-            for prompt in prompts_of(folder / entry["file"], entry["count"]):
-                self.places[prompt] = len(self.places)
+        self.pairs, self.device = shards.Pairs(folder, manifest), device
+        self.places = {prompt: i for i, prompt in enumerate(self.pairs.all_prompts())}
 
     def encode(self, prompts: list[str | None]) -> Cond:
         """Context (B L D) and pooled (B P) of these prompts, float32."""
@@ -45,17 +42,6 @@ class CachedText:
 
     def overlong(self, prompts: list[str]) -> int:
         return self.pairs.manifest["cut"]
-
-
-def prompts_of(path: Path, count: int) -> list[str | None]:
-    """Raises InputError for damaged ones."""
-    try:
-        prompts = parse_json(open_tensors(path)["prompts"].numpy().tobytes())
-        if len(prompts) != count or not all(isinstance(prompt, str | None) for prompt in prompts):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise InputError(shards.damaged(path, "damaged prompts", shards.KINDS["text"])) from None
-    return prompts
 
 
 def encode_shard(text: Text, null: Cond, folder: Path, first: int, prompts: list[str | None], dtype: torch.dtype,
