@@ -48,6 +48,7 @@ from models.checkpoint import InputError
 from models.diffusion import Denoiser, solve, teacher_times
 from models.job.folder import check_out, hold
 from models.job.networks import DTYPES
+from models.job.sampling import note_overlong
 from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
 from models.progress import bar
@@ -115,11 +116,15 @@ def main(args):
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
     prompts = data.read_prompts(args.prompts)
     same = settings(args, preset)
+    if is_main() and args.out.exists():  # before the manifest is read: another process may be adding to it
+        hold(args.out)
+    barrier()
     manifest, todo = plan(args, same)
     if todo:
         print0(f"loading {args.model}")
         F_phi = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
         text = networks.load_text(args, preset, mesh, device)
+        note_overlong(text, prompts)
         tn, c_null = teacher_times(args.steps, preset.shift, preset.schedule).to(device), text.unconditional()
     barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():

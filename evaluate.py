@@ -17,12 +17,12 @@ from pathlib import Path
 from models.job import parsers
 from models.presets import PROMPT_SETS
 
+REAL_VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 METRICS = ("clip", "pickscore", "hpsv2", "mps", "lpips", "fvd", "clip-video", "vbench", "shapes")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsers.new_parser(__file__, __doc__, argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=Path, nargs="+", default=[Path("samples")], metavar="FOLDER",
         help="of pictures or videos; each becomes a row of the table")
@@ -56,7 +56,6 @@ def parse_args(argv=None):
         help="*_eval_results.json files, or their folder")
     add("--vbench-short", type=Path, metavar="FILE",
         help="VBench's prompt for each line of --prompts, where the videos were sampled with longer ones")
-    add("--version", action="version", version=parsers.VERSION)
     return parser.parse_args(argv)
 
 
@@ -74,7 +73,8 @@ from models.checkpoint import InputError, replacing, some
 from models.eval import metrics, prompt_sets
 from models.eval.metrics import Folder, Item, mean, score_items
 from models.job import flags
-from models.job.folder import check_out
+from models.job.folder import check_out, hold
+from models.parse import short
 from models.pictures import PICTURES, VIDEOS, read_mp4, read_picture, rgb
 from models.progress import bar
 
@@ -90,7 +90,7 @@ def scored(kind: str, args):
                "hpsv2": dict(version=args.hpsv2_version), "mps": dict(threshold=args.mps_threshold)}
     ckpt = getattr(args, f"{name}_ckpt")
     score = load_scorer(name, ckpt, args.tokenizer, args.device, **options.get(kind, {}))
-    head = dict(metric=kind, variant=score.describe, weights=str(ckpt or "hub"))
+    head = dict(metric=kind, variant=score.describe, weights=metrics.weights_of(ckpt))
     suffixes, read, batch = (VIDEOS, read_mp4, 1) if video else (PICTURES, read_picture, args.batch)
 
     def compute(loaded: list[list], prompts: list[str]) -> list[float]:
@@ -109,7 +109,7 @@ def scored(kind: str, args):
 def diversity(args):
     from models.eval import lpips
     net = lpips.load_lpips(args.lpips_net, args.lpips_ckpt, args.device)
-    head = dict(metric="lpips", variant=f"{args.lpips_net}, 512 x 512", weights=some(args.lpips_ckpt))
+    head = dict(metric="lpips", variant=f"{args.lpips_net}, 512 x 512", weights=metrics.weights_of(*args.lpips_ckpt))
 
     def compute(groups: list[list], _) -> list[float]:
         if min(map(len, groups)) < 2:
@@ -128,9 +128,10 @@ def diversity(args):
 
 def video_distance(args):
     from models.eval import fvd
-    real = sorted(args.real.rglob("*.mp4"), key=metrics.in_order) if args.real else []
+    real = sorted((path for path in args.real.rglob("*") if path.suffix.lower() in REAL_VIDEOS),
+                  key=metrics.in_order) if args.real else []
     if not real:
-        raise InputError(f"{args.real or '--real FOLDER'}: expected real videos (.mp4) to compare with")
+        raise InputError(f"{args.real or '--real FOLDER'}: expected real videos ({', '.join(REAL_VIDEOS)}) to compare with")
     features = fvd.load_i3d(args.i3d_ckpt, args.fvd_resize, args.device)
     variant = f"{args.i3d_ckpt.name}, {args.fvd_resize}, {args.frames} frames"
 
@@ -143,14 +144,15 @@ def video_distance(args):
         return [features(video[None])[0].tolist() for video in videos]
 
     def logits(folder: Folder, items: list[Item], stride: int) -> torch.Tensor:
-        head = dict(metric="fvd", variant=f"{variant}, stride {stride}", weights=str(args.i3d_ckpt))
+        head = dict(metric="fvd", variant=f"{variant}, stride {stride}", weights=metrics.weights_of(args.i3d_ckpt))
         read = partial(read_mp4, frames=args.frames, stride=stride)
         found = score_items(folder, head, [[item] for item in items], read, compute, -(-args.batch // 4))
         return torch.tensor([one for one in found if one is not None], dtype=torch.float64)
 
     def measure(folder: Folder) -> dict[str, float]:
+        folder.broken |= {str(path): f"{path}: no file" for path in real if not path.is_file()}
         a = logits(folder, folder.of(VIDEOS, prompted=False), 1)
-        b = logits(folder, [Item(path, None, None) for path in real], args.stride)
+        b = logits(folder, [Item(path, None, None) for path in real if path.is_file()], args.stride)
         folder.notes.append(f"FVD of {len(a)} videos against {len(b)} real ones: it falls as they get more, "
                             "so it is comparable at equal numbers only")
         return {"fvd": fvd.frechet_distance(a, b, args.fvd_biased)}
@@ -227,16 +229,21 @@ def main(args):
     if args.frames < 1:
         raise InputError(f"--frames {args.frames}: expected at least 1")
     check_out(args.out)
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # of a device that torch does not know, or that is not there
+        raise InputError(f"--device {args.device}: {short(error)}; expected cpu, or cuda where there is one") from error
     if args.vbench_results and len(args.images) > 1:
         raise InputError("--vbench-results are those of one set of videos; expected one folder of --images")
     prompts = prompt_sets.prompt_set(args.prompts) if args.prompts else None
-    args.out.mkdir(parents=True, exist_ok=True)
+    hold(args.out)
     folders, problems, variants = [], [], {}
     elsewhere = args.metrics == ["vbench"] and args.vbench_results  # no need of the videos
     for path in args.vbench_results[:1] if elsewhere else args.images:
         folder = Folder(path, args.out / "scores.jsonl")
         try:
             folder.items = [] if elsewhere else metrics.read_items(path, prompts, folder.broken)
+            folder.notes += metrics.doubts(path, folder.items, prompts)
             folders.append(folder)
         except InputError as error:
             problems.append(str(error))

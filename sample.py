@@ -45,11 +45,12 @@ import torch.distributed as dist
 
 from models import lora
 from models.checkpoint import InputError, open_tensors
+from models.data import check_text
 from models.diffusion import Denoiser, generator_times, on_grid, teacher_times
 from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, source
-from models.job.folder import check_out
+from models.job.folder import check_out, hold
 from models.job.notes import export_notes, parametrisation, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
@@ -126,6 +127,8 @@ def main(args):
     if asked not in (None, args.model):
         raise InputError(f"--model {asked}: {args.lora or args.ckpt} was trained for {args.model}; expected "
                          "that one or no --model")
+    if args.lora_scale != 1 and not args.lora:
+        raise InputError(f"--lora-scale {args.lora_scale:g}: of which adapter is not said; expected --lora FILE too")
     args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
     preset = flags.resolve_model(args)
     check_out(args.out)
@@ -141,6 +144,7 @@ def main(args):
     guidance = float(metadata.get("dmdx.cfg", 1)) if student else preset.teacher_cfg
     cfg = args.cfg if args.cfg is not None else guidance
     if args.prompt is not None:
+        check_text(args.prompt, "--prompt")
         prompts = [args.prompt]
     else:
         prompts = prompt_set(args.prompts) if args.prompts else list(preset.sample_prompts)
@@ -166,8 +170,14 @@ def main(args):
     tn = (generator_times if student else teacher_times)(steps, shift, F.schedule)
     if args.times:
         tn = on_grid(torch.tensor([0.0, *args.times[::-1]]), F.schedule)
+        if len(tn.unique()) < len(tn):
+            raise InputError(f"--times {' '.join(map(str, args.times))}: expected times that differ by 0.001, of which "
+                             "this schedule is made")
     prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
+    sampling.note_overlong(text, prompts)
+    if is_main():
+        hold(args.out)
     shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at
     block = args.batch * dist.get_world_size() // args.sequence_parallel
     for first in bar(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):

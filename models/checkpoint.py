@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.parse import InputError, parse_json, read_header, some
+from models.parse import InputError, check_plain, check_stored, parse_json, read_header, some
 from models.saving import replacing, save_safetensors
 
 __all__ = ["InputError", "replacing", "save_safetensors", "some"]  # of other files, for those who import them from here
@@ -65,7 +65,10 @@ class Tensors(Mapping):
 def open_tensors(path: str | Path) -> Tensors:
     """A .safetensors file, a PyTorch file that `weights_only=True` can read, the `*.index.json` of a sharded
     checkpoint, or a folder with one of these. Raises InputError for all else, and for damaged files."""
-    path = Path(path)
+    return unwrapped(unscaled(open_file(Path(path))))
+
+
+def open_file(path: Path) -> Tensors:
     if path.is_dir():
         path = weights_in(path)
     if not path.is_file():
@@ -73,9 +76,9 @@ def open_tensors(path: str | Path) -> Tensors:
     if path.name.endswith(".index.json"):
         return open_shards(path)
     if path.suffix == ".safetensors":
-        return unscaled(open_safetensors(path))
+        return open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return unscaled(open_torch(path))
+        return open_torch(path)
     raise InputError(f"{path}: not a tensor file; expected .safetensors, .index.json or one of "
                      f"{', '.join(TORCH_SUFFIXES)}")
 
@@ -115,11 +118,15 @@ def open_safetensors(path: Path) -> Tensors:
 
 
 def open_torch(path: Path) -> Tensors:
+    zipped = zipfile.is_zipfile(path)
     try:
+        check_stored(path, zipped)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TorchScript, which is refused below
             # Only the zip format can be mapped; before PyTorch 1.6 files were plain pickles.
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         wants = re.search(r"GLOBAL (\S+)", str(error))
         if wants or "TorchScript" in str(error):
@@ -128,14 +135,17 @@ def open_torch(path: Path) -> Tensors:
                              "expected a file of tensors only, such as .safetensors") from error
         raise InputError(f"{path}: not a PyTorch file, or truncated") from error
     # Trainers wrap the weights: {"state_dict": {...}, "epoch": 3}, {"module": {...}}.
-    sets = {"": tensors_of(data)}
-    if not sets[""] and isinstance(data, dict):
+    sets, top = {}, tensors_of(data)
+    if isinstance(data, dict):
         sets = {key: found for key, value in data.items() if (found := tensors_of(value))}
+    if not sets or len(top) > max(map(len, sets.values())):  # beside the weights a trainer may keep a counter
+        sets = {"": top}
     if len(sets) > 1:
         raise InputError(f"{path}: holds several sets of tensors ({some(sets)}); expected one")
     tensors = next(iter(sets.values()), None)
     if not tensors:
         raise InputError(f"{path}: no tensors in this file; expected a dictionary name -> tensor")
+    check_plain(path, tensors)
 
     def read(name: str, rows: slice | None) -> Tensor:
         return (tensors[name] if rows is None else tensors[name][rows]).clone()
@@ -147,6 +157,14 @@ def tensors_of(data) -> dict[str, Tensor]:
     if not isinstance(data, dict):
         return {}
     return {name: t.detach() for name, t in data.items() if isinstance(name, str) and isinstance(t, Tensor)}
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """Without what DDP or torch.compile has put before every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors.shapes and all(name.startswith(prefix) for name in tensors):
+            return unwrapped(tensors.group(prefix))
+    return tensors
 
 
 def open_shards(path: Path) -> Tensors:
@@ -161,7 +179,7 @@ def open_shards(path: Path) -> Tensors:
     absent = [file for file in files if not (path.parent / file).is_file()]
     if absent:
         raise InputError(f"{path}: {len(absent)} of its {len(files)} files are not beside it: {some(absent)}")
-    shards = {file: open_tensors(path.parent / file) for file in files}
+    shards = {file: open_file(path.parent / file) for file in files}
     lost = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
     if lost:
         raise InputError(f"{path}: {len(lost)} tensors are not in the files it names: {some(lost)}")

@@ -21,6 +21,7 @@ from models.parse import parse_json, short
 # JourneyDB's annotations have "prompt", PartiPrompts.tsv "Prompt", COCO's files and OpenVid-1M's "caption" or
 # "text", Open-Sora-Plan's "cap".
 FIELDS = ("prompt", "caption", "text", "cap")
+LONGEST = 2 ** 24  # bytes of a line
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # byte order mark and characters without width
 
 
@@ -45,13 +46,22 @@ def read_prompts(source: str | Path | list) -> list[str]:
         text = text.replace("\ufeff", "")  # files joined by cat have it in their middle
         while text != (text := text.strip().strip(INVISIBLE)):
             pass
-        wrong = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
-        if wrong:
-            raise InputError(f"{path}: line {number}: {wrong!a} is no character of a text; expected Unicode")
+        check_text(text, f"{path}: line {number}")
         prompts += [text] if text else []
     if not prompts:
         raise InputError(f"{path}: no prompt in this file")
     return prompts
+
+
+def check_text(text: str, place: str) -> None:
+    """Raises InputError for what no text encoder takes: zero bytes, halves of a surrogate pair, bytes of another
+    encoding on a command line, and for formatted text."""
+    wrong = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if wrong:
+        raise InputError(f"{place}: {wrong!a} is no character of a text; expected Unicode")
+    if text.lower().startswith(("version https://git-lfs", "<!doctype html", "<html", "{\\rtf")):
+        raise InputError(f"{place}: {short(text, 40)} is of a web page, a Git LFS pointer or formatted text; expected a "
+                         "prompt")
 
 
 def digest(prompts: list[str]) -> str:
@@ -64,7 +74,9 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     LF, CR LF or CR."""
     number = 0
     with path.open("rb") as file:
-        for block in file:
+        for block in iter(lambda: file.readline(LONGEST + 1), b""):
+            if len(block) > LONGEST:
+                raise InputError(f"{path}: line {number + 1} has more than {LONGEST} bytes; expected lines of text")
             for line in block.rstrip(b"\r\n").split(b"\r"):
                 number += 1
                 try:
@@ -112,15 +124,20 @@ def jsonl_prompts(path: Path) -> Iterator[tuple[int, str]]:
             record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{path}: line {number} is not JSON ({error})") from error
-        yield from record_prompts(path, number, record if isinstance(record, dict) else line)
+        yield from [(number, record)] if isinstance(record, str) else record_prompts(
+            path, number, record if isinstance(record, dict) else line)
 
 
 def json_prompts(path: Path) -> Iterator[tuple[int, str]]:
-    """A record, or a list of records or of texts; the "line" of a sentence is the place in that list."""
+    """A record, or a list of records or of texts, alone or in an object, as COCO's annotations; the "line" of a
+    sentence is the place in that list."""
     try:
         records = parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({short(error)})") from error
+    for name in ("annotations", "prompts", "captions", "data"):
+        if isinstance(records, dict) and isinstance(records.get(name), list):
+            records = records[name]
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         yield from [(number, record)] if isinstance(record, str) else record_prompts(path, number, record)
 
@@ -175,7 +192,10 @@ def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
 def column(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, str]]:
     """The prompts' column of a table whose first row is the header."""
     number, header = next(rows, (1, []))
-    place = header.index(field_of(path, number, header))
+    field = field_of(path, number, header)
+    if header.count(field) > 1:
+        raise InputError(f"{path}: line {number}: {header.count(field)} fields {short(field, 40)}; expected one")
+    place = header.index(field)
     for number, row in rows:
         if not any(cell.strip(INVISIBLE) for cell in row):
             continue
@@ -267,7 +287,7 @@ def truncate_jsonl(path: str | Path, key: str, last: int) -> None:
     kept = []
     for number, line in lines:
         try:
-            keep = json.loads(line)[key] <= last
+            keep = parse_json(line)[key] <= last
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break

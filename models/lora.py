@@ -150,6 +150,10 @@ def peft_config(tensors: Tensors) -> dict:
     else:
         return {}
     config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
+    kind, dora, begun = (config.get(key) for key in ("peft_type", "use_dora", "init_lora_weights"))
+    if kind not in (None, "LORA") or dora or str(begun).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise InputError(f"{place}: peft_type {short(kind, 20)}, use_dora {short(dora, 20)}, init_lora_weights "
+                         f"{short(begun, 20)}; expected plain LoRA on the model's unchanged weights")
     try:
         patterns = dict(config.get("alpha_pattern") or {})
         for pattern, alpha in patterns.items() | {("", config.get("lora_alpha", 1))}:
@@ -215,7 +219,10 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
         elif sides[match[2]] in found.setdefault(module, {}):
             refuse("the same weight is given twice", [key])
         else:
-            found[module][sides[match[2]]] = tensors[key].float()
+            value, side = tensors[key], sides[match[2]]
+            if side != "alpha" and not value.is_floating_point():
+                refuse("expected floating-point weights, found whole numbers", [key])
+            found[module][side] = value.float()
     if unknown or not found:
         refuse("expected LoRA keys of this model's modules, found",
                unknown or text or embeddings or ["no tensors"])

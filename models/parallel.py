@@ -40,7 +40,7 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
 
     The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks (default: those of one
     node) holds one copy of every network (HSDP). Raises InputError when it does not divide the world size."""
-    if "RANK" not in os.environ:  # not started by torchrun: a group of one that needs no port
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # not started by torchrun: a group of one that needs no port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

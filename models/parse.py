@@ -1,20 +1,25 @@
-"""Files that others wrote, read without trust: JSON, and the header of a safetensors file.
+"""Files that others wrote, read without trust: JSON, the header of a safetensors file, what torch.load may give.
 
 Whatever the user can mend is an InputError of one sentence: which file, what was found, what was expected.
 """
 import json
 import math
+import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+
+LARGEST = 2 ** 24  # bytes of a header: those of full-size models have less than a tenth
 
 
 class InputError(ValueError):
@@ -43,19 +48,19 @@ def short(value, length: int = 200) -> str:
 
 # ---- JSON --------------------------------------------------------------------------------------------------
 
-def parse_json(text: bytes | str, unique: bool = False):
+def parse_json(text: bytes | str):
     """The value of a JSON text. Raises ValueError, of one line, for all that is wrong with it, also for
-    nesting that Python cannot follow. `unique`: and for objects in which a name stands twice."""
+    nesting that Python cannot follow and for objects in which a name stands twice."""
     def once(pairs: list[tuple]) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
+            seen = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise ValueError(f"{short(twice)} stands twice")
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once if unique else None)
+        return json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -79,16 +84,18 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        head = file.read(min(length, 100_000_000))  # safetensors' own limit
+        head = file.read(min(length, LARGEST))
         if head[:1] != b"{":
             file.seek(0)
             pointer = file.read(20) == b"version https://git-"
             found = "a Git LFS pointer (run `git lfs pull`)" if pointer else "something else"
             raise InputError(f"{path}: expected a safetensors file, found {found}")
+    if length > LARGEST and size >= 8 + length:
+        raise InputError(f"{path}: a header of {length} bytes; expected at most {LARGEST}")
     if len(head) < length:
         raise InputError(f"{path}: truncated within its header, {size} bytes of more than {8 + length}")
     try:
-        entries = parse_json(head, unique=True)
+        entries = parse_json(head)
         metadata = entries.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not texts")
@@ -125,3 +132,23 @@ def span_of(name: str, entry) -> Span:
         raise InputError(f"{short(name)} has the unsupported dtype {short(dtype)}; "
                          f"expected one of {', '.join(DTYPES)}")
     return Span(DTYPES[dtype], tuple(shape), *offsets)
+
+
+# ---- PyTorch files ----------------------------------------------------------------------------------------
+
+def check_stored(path: Path, zipped: bool) -> None:
+    """Raises InputError for a compressed PyTorch file: its pickle may inflate to any size, and its tensors
+    would be mapped as they are."""
+    entries = zipfile.ZipFile(path).infolist() if zipped else ()
+    if any(entry.compress_type and re.search(r"/data(\.pkl$|/)", entry.filename) for entry in entries):
+        raise InputError(f"{path}: a compressed archive; expected a file as torch.save writes it")
+
+
+def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises InputError for tensors that are no plain arrays: sparse, nested, quantised or without values, or
+    expanded, so that a small file would fill all memory."""
+    for name, t in tensors.items():
+        if t.is_nested or t.layout != torch.strided or t.is_quantized or t.is_meta or \
+                t.numel() * t.itemsize > t.untyped_storage().nbytes():
+            raise InputError(f"{path}: {short(name)} is sparse, nested, quantised, expanded or without values; "
+                             "expected plain tensors")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".mp4",)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of a picture whatever its name: for others PIL may start Ghostscript
 
 
 # ---- to files ----------------------------------------------------------------------------------------------
@@ -132,14 +133,16 @@ def read_text(path: Path) -> dict[str, str]:
     """What `save_png` or `save_mp4` has noted in a file. Raises InputError for damaged files."""
     try:
         if path.suffix.lower() in VIDEOS:
-            import av
-            with av.open(path) as file:
+            from models.videos import opened
+            with opened(path) as (file, _):
                 note = file.metadata.get("comment", "")
             text = json.loads(note) if note.startswith("{") else {}
         else:
             from PIL import Image
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 text = image.info
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: not a picture or video, or damaged ({error})") from error
     return {key: value for key, value in text.items() if isinstance(value, str)}
@@ -149,13 +152,15 @@ def read_picture(path: Path) -> "Image.Image":
     """Raises InputError for damaged files, and for pictures that `rgb` would make something else of."""
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             frames = getattr(image, "n_frames", 1)
     except Exception as error:
         raise InputError(f"{path}: not a picture, or damaged ({error})") from error
     if image.mode[0] in "IF":  # PIL's conversion to RGB clamps them to 255, which leaves white
         raise InputError(f"{path}: not a picture of 8 bits a channel (PIL's mode {image.mode})")
+    if max(image.size) > 64 * min(image.size):  # scaled to a short side of 224 it would fill all memory
+        raise InputError(f"{path}: {image.width} x {image.height} pixels; expected sides of at most 64 to 1")
     if frames > 1 and image.format != "MPO":  # MPO: a phone's JPEG, whose other pictures are thumbnails
         raise InputError(f"{path}: not a picture but an animation of {frames} frames")
     return image

@@ -1,5 +1,7 @@
 """Progress: a bar on a terminal, now and then a line where stderr is a file."""
 import math
+import os
+import select
 import sys
 from collections.abc import Iterable
 
@@ -33,3 +35,19 @@ def end_bars() -> None:
     """Leave the open bars as they are, so that what is printed next has a line to itself."""
     for open_bar in list(getattr(tqdm, "_instances", ())):
         open_bar.close()
+
+
+def drop_closed_streams() -> None:
+    """Where the terminal was closed, or what read a pipe has ended, the output goes nowhere from now on: a write
+    would end the process."""
+    for stream in (1, 2):
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def tell(line: str) -> None:
+    """A line on stderr out of a signal's handler: not by print, which may be at work at this moment."""
+    drop_closed_streams()
+    os.write(2, ("\n" * sys.stderr.isatty() + line).encode())

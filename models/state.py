@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checkpoint import InputError
 from models.parallel import barrier, is_main, local_rows
+from models.parse import parse_json
 from models.saving import WriteError
 
 COUNTERS = ("gen_iter", "global_iter", "skipped")  # of progress.json
@@ -98,7 +99,7 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
 
 def complete_states(folder: Path) -> list[Path]:
     """Saved states in `folder`, oldest first; half-written ones and what else may be there are left out."""
-    return sorted(path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
+    return sorted(path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and path.is_dir())
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------
@@ -169,9 +170,9 @@ def read_plan(file: Path) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
 def read_progress(file: Path) -> dict[str, int]:
     """The COUNTERS of a state. Raises InputError for other contents."""
     try:
-        progress = json.loads(file.read_bytes())
+        progress = parse_json(file.read_bytes())
         return dict(zip(COUNTERS, counts(progress[name] for name in COUNTERS)))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file}: not the counters of a saved state ({reason(error)}); "
                          f"expected whole numbers {', '.join(COUNTERS)}") from error
 
@@ -223,7 +224,7 @@ def check_sums(path: Path) -> None:
     """Raises InputError if the small files of a state are not as they were written; states of older versions
     hold no checksums. `load_state` compares the CRC-32 of every tensor that it reads."""
     try:
-        sums = json.loads((path / "sha256.json").read_bytes())
+        sums = parse_json((path / "sha256.json").read_bytes())
         damaged = [name for name in SUMMED if sha256((path / name).read_bytes()).hexdigest() != sums[name]]
     except FileNotFoundError:
         return

@@ -30,6 +30,9 @@ from models.data import hashed, prompt_index, uniform
 ATTEMPTS = 8  # videos tried for one sample
 LONG = 600    # frames from which on seeking is worth it
 CAPTIONS = ("caption", "text", "prompt", "name")
+# What a file may be whatever its name: not a list of other files or addresses, which FFmpeg would open.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+LARGEST = 2 ** 32  # bytes of pixels that are read of one video
 
 
 # ---- frames of one video -----------------------------------------------------------------------------------
@@ -41,10 +44,14 @@ def opened(path: str | Path) -> Iterator[tuple]:
     import av  # takes a quarter of a second, and not every run reads videos
     try:
         # An absolute path, because "a:b.mp4" alone would be a protocol.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as file:
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        with av.open(os.path.abspath(path), metadata_errors="replace", options=options) as file:
             stream = file.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: no video in this file, or none that can be decoded")
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if 3 * width * height > LARGEST:
+                raise InputError(f"{path}: frames of {width} x {height} pixels; expected at most {LARGEST} bytes of pixels")
             stream.codec_context.thread_count = 1  # several videos are decoded side by side
             yield file, stream
     except InputError:
@@ -84,6 +91,8 @@ def read_frames(path: str | Path, indices: Sequence[int], size: tuple[int, int] 
             if (places.get(frame.pts) if places else i) == index:
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 frames.append(np.array(fit(Image.fromarray(pixels), size) if size else pixels))
+                if len(frames) * frames[-1].nbytes > LARGEST:
+                    raise InputError(f"{path}: more than {LARGEST} bytes of pixels; expected a shorter video")
                 index = next(wanted, None)
                 if index is None:
                     break

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint as recompute
 
-from models.checkpoint import InputError, Tensors, check_names, find, open_tensors
+from models.checkpoint import InputError, Tensors, check_names, check_values, find, open_tensors
 from models.parse import read_object, short
 
 # SAM's, for pixels of 0..255. DINOv2's are ImageNet's for pixels of 0..1, which are these divided by 255.
@@ -88,6 +88,8 @@ def load_vision(kind: str, path: str | Path | None = None, dtype: torch.dtype = 
         raise InputError(f"{tensors.path}: {net.config.num_hidden_layers} layers; expected a multiple of 4")
     names = {name: original_name(kind, name) for name in net.state_dict()}
     check_names(tensors, {names[name]: p.shape for name, p in net.state_dict().items()}, UNUSED[kind])
+    for name in names.values():
+        check_values(tensors, name, tensors[name], floating=True)
     net.load_state_dict({name: tensors[names[name]].to(device, dtype) for name in names}, assign=True)
     return VisionEncoder(net.requires_grad_(False).eval(), kind)
 

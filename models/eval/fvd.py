@@ -173,7 +173,8 @@ def load_i3d(path: str | Path | None, resize: str = "crop", device="cpu") -> Cal
 
 def is_script(path: Path) -> bool:
     """Whether a file holds a TorchScript program: a zip with code inside."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any("/code/" in name for name in file.namelist())
+    except (zipfile.BadZipFile, OSError):
         return False
-    with zipfile.ZipFile(path) as file:
-        return any("/code/" in name for name in file.namelist())

@@ -19,8 +19,9 @@ from models.parse import parse_json
 from models.data import append_jsonl, lines_of
 from models.pictures import PICTURES, VIDEOS, picture, read_text
 from models.progress import bar
+from models.shards import fingerprint
 
-GENERATOR = ("model", "ckpt", "steps", "cfg")  # what sample.py notes that is one of a folder's samples
+GENERATOR = ("model", "ckpt", "steps", "cfg", "shift", "times", "renoise")  # what sample.py notes that is one of a folder's samples
 # The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
 PAPER = {
     "sdxl": {
@@ -94,14 +95,27 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
         prompt = prompts[i % len(prompts)] if prompts else named[1] if named else None
         if "workflow" in text:  # ComfyUI, whose "prompt" is its graph
             text = {}
-        prompt = text.get("prompt", prompt)
-        for key in (key for key in GENERATOR if key in text):
-            first, value = noted.setdefault(key, (path.name, text[key]))
-            if text[key] != value:
-                raise InputError(f"{folder}: {first} notes {key} {value}, {path.name} {key} {text[key]}; "
+        for key in (key for key in GENERATOR if key in text or "model" in text):
+            first, value = noted.setdefault(key, (path.name, text.get(key, "none")))
+            if text.get(key, "none") != value:
+                raise InputError(f"{folder}: {first} notes {key} {value}, {path.name} {key} {text.get(key, 'none')}; "
                                  "expected samples of one generator in a folder")
-        items.append(Item(path, prompt, text.get("model")))
+        items.append(Item(path, text.get("prompt", prompt), text.get("model")))
     return items
+
+
+def doubts(folder: Path, items: list[Item], prompts: list[str] | None) -> list[str]:
+    """What to tell of the items of a folder that may not be what is meant. Raises InputError for numbered files of
+    which some are missing: --prompts would be given to the wrong ones."""
+    bare = [item.path for item in items if item.model is None]
+    numbers = [int(path.stem) for path in bare if path.stem.isdecimal()]
+    if prompts and numbers and len(numbers) == len(bare) and max(numbers) - min(numbers) + 1 != len(numbers):
+        raise InputError(f"{folder}: {len(numbers)} files that note no prompt are numbered {min(numbers)} to "
+                         f"{max(numbers)}; expected none to be missing, as --prompts are given to them in order")
+    told = [f"{len(bare)} of {len(items)} files do not say which model made them"] * (0 < len(bare) < len(items))
+    others = [item.prompt for item in items if prompts and item.prompt not in prompts]
+    return told + [f"{len(others)} files note prompts that are not in --prompts, and keep them "
+                   f"({some(others)})"] * bool(others)
 
 
 @dataclass
@@ -154,6 +168,11 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
         except (ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{log}: line {number}: expected a record with a score") from error
     return kept
+
+
+def weights_of(*paths: Path | None) -> str:
+    """Tells the weights of a scorer apart, for scores.jsonl, also after one file has taken another's place."""
+    return ", ".join(f"{path} {fingerprint(path)[:16] if path.exists() else ''}" if path else "hub" for path in paths)
 
 
 def score_items(folder: Folder, head: dict[str, str], groups: list[list[Item]],

@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention,
 
 from models.checkpoint import InputError, Tensors, load, tensors_of
 from models.eval.clip import IGNORED, clip_model, frozen
+from models.parse import check_plain, check_stored
 from models.text_encoders import shapes_of
 
 # The condition of the "overall" preference.
@@ -170,6 +171,10 @@ def open_module(path: str | Path) -> Tensors:
     if not zipfile.is_zipfile(path):  # older files are many pickles in a row
         raise InputError(f"{path}: expected a PyTorch file in zip format, found another or half of one")
     try:
+        check_stored(path, True)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: not a pickled module, or damaged ({error})") from error
+    try:
         if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise InputError("it is a TorchScript program")
         reader = SimpleNamespace(__name__="restricted", Unpickler=TensorUnpickler)
@@ -181,6 +186,7 @@ def open_module(path: str | Path) -> Tensors:
         raise InputError(f"{path}: not a pickled module, or damaged ({type(error).__name__})") from error
     if not tensors:
         raise InputError(f"{path}: no tensors in this file; expected a pickled module")
+    check_plain(path, tensors)
     return Tensors(path, {name: tuple(t.shape) for name, t in tensors.items()},
                    lambda name, rows: (tensors[name] if rows is None else tensors[name][rows]).clone())
 

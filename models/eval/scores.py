@@ -234,12 +234,11 @@ def hps_scorer(ckpt, tokenizer, device, version: str | None = None) -> Scorer:
     path = weights_in(path) if path.is_dir() else path
     if path.name in set(HPS_FILES.values()) - {HPS_FILES[version]}:
         raise InputError(f"{path}: another version; expected {HPS_FILES[version]} for {version}")
-    described = version
+    net, described = load_clip(open_tensors(path), "gelu").to(device), version
     if path.name != HPS_FILES[version] and not given:
         described += " assumed"
         print(f"{path}: HPS {version} assumed, as neither {HPS_FILES['v2.0']} nor {HPS_FILES['v2.1']} is its "
               "name; --hpsv2-version says it", file=sys.stderr)
-    net = load_clip(open_tensors(path), "gelu").to(device)
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-L-14"][0])
     window = net.config.text_config.max_position_embeddings
 

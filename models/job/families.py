@@ -231,7 +231,9 @@ def check_positions(tensors: Tensors, preset: Preset) -> None:
 
 
 def open_cogvideox_vae(args, preset: Preset) -> Tensors:
-    return vae_from_sat(open_tensors(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt")))
+    tensors = open_tensors(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
+    check_scale(tensors.path, preset.vae)
+    return vae_from_sat(tensors)
 
 
 def new_cogvideox_text(args, preset: Preset,

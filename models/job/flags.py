@@ -15,14 +15,16 @@ from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
 from models.job.networks import init_file
 from models.parallel import barrier
+from models.parse import short
 from models.presets import PRESETS, Preset
-from models.progress import end_bars
+from models.progress import drop_closed_streams, end_bars
 from models.saving import WriteError
 from models.sequence import check_heads
 
-# What a user can mend: a disk that is full or read-only, and what must not be written.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-              errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+# What a user can mend: a disk that is full or read-only, what must not be written, a name that no file can have.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+            errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE,
+            errno.ESTALE, errno.EPIPE)
 COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-1000, 1000)
 # Flag -> the smallest and the largest value that anybody could mean.
 LIMITS = {
@@ -161,6 +163,11 @@ def read_training_prompts(args: argparse.Namespace, preset: Preset) -> list[str]
 def entry(script: str, main: Callable, args: argparse.Namespace) -> None:
     """Run the script of file `script`: what the user can mend is one sentence on stderr and exit code 2."""
     code = 2
+    for name, value in vars(args).items():  # a shell leaves the ~ of --ckpt=~/file as it is
+        if isinstance(value, Path) or name in ("prompts", "tokenizers", "resume") and isinstance(value, str):
+            setattr(args, name, type(value)(os.path.expanduser(value)))
+        elif isinstance(value, list) and value and isinstance(value[0], Path):
+            setattr(args, name, [Path(os.path.expanduser(path)) for path in value])
     try:
         main(args)
         message = None
@@ -169,10 +176,16 @@ def entry(script: str, main: Callable, args: argparse.Namespace) -> None:
     except (InputError, WriteError) as error:
         message = "could not write " * isinstance(error, WriteError) + str(error)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in MENDABLE:
             raise
-        message = f"{error.filename or 'could not write'}: {error.strerror}"
+        message = f"{short(error.filename or 'could not write')}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = (f"out of memory ({short(error)}); expected smaller samples or batches, --offload, an adapter or "
+                   "more memory, as README's table of GPUs has it")
     if message is not None:
+        drop_closed_streams()
         end_bars()
         sys.stdout.flush()
         print(f"{Path(script).name}: {message}", file=sys.stderr, flush=True)

@@ -34,9 +34,9 @@ HELD = []  # lock files: closing one would end its lock
 
 def check_out(out: Path) -> None:
     """Raises InputError unless `out` is a folder to write to, or can become one."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise InputError(f"{out}: {there} is a file; expected a folder or the name of a new one")
+        raise InputError(f"{out}: {there} is a {'file' if there.exists() else 'broken link'}; expected a folder or the name of a new one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{out}: {there} cannot be written to; expected a folder that can")
 

@@ -8,10 +8,8 @@ used: a training run seldom needs them, and they take seconds.
 import argparse
 import importlib.util
 import json
-import os
 import resource
 import signal
-import sys
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -29,12 +27,12 @@ from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
 from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
-from models.job.sampling import deviations, generate
+from models.job.sampling import deviations, generate, note_overlong
 from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
-from models.progress import bar
+from models.progress import bar, tell
 from models.state import save_state
 from models.text import Cond
 
@@ -76,10 +74,7 @@ class Job:
             known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
             self.text = open_text(args, preset, mesh, device, known)
             self.c_null = self.text.unconditional()
-            few = self.prompts[:200]  # all of a large file would take minutes
-            if few and is_main() and (cut := self.text.overlong(few)):
-                print0(f"note: {cut} of the first {len(few)} prompts are longer than the text encoders' "
-                       "windows and cut")
+            note_overlong(self.text, self.prompts)
             kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
             if kinds and is_main():
                 from models.eval.scores import load_scorer
@@ -162,8 +157,7 @@ class Job:
         elif not self.stop:
             self.stop, self.asked = True, time.monotonic()
             line = f"{signal.Signals(number).name}: finishing this update; a second signal ends at once\n"
-            if is_main():  # not by print, which may be at work at this moment
-                os.write(2, ("\n" * sys.stderr.isatty() + line).encode())
+            tell(line if is_main() else "")
 
     def watch(self, **roles: Denoiser) -> None:
         """F_phi's samples are what `health` compares the generator's with. With --profile, count the samples

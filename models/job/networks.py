@@ -17,7 +17,7 @@ from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator
 from models.job.families import DENOISER, FAMILIES, MOTION, VAE, source
 from models.job.motion import split_motion
-from models.job.notes import export_notes, parametrisation
+from models.job.notes import check_adapter, export_notes, parametrisation
 from models.parallel import (
     barrier,
     fill_random,
@@ -163,9 +163,11 @@ def load_adapter(args, preset: Preset, G_theta: Denoiser) -> Denoiser:
 def open_lora(args, preset: Preset) -> dict[str, list[lora.Piece]]:
     """The adapter of the file --lora. Raises InputError for one that is not of this model."""
     family = FAMILIES[preset.family]
+    tensors = checkpoint.open_tensors(args.lora)
+    check_adapter(tensors, preset)
     with torch.device("meta"):
         net = family.network(**preset.config)
-    return lora.read_lora(checkpoint.open_tensors(args.lora), net, family.names)
+    return lora.read_lora(tensors, net, family.names)
 
 
 def teacher_files(args, preset: Preset) -> dict:
@@ -306,6 +308,10 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
     prefix = DENOISER if family.single_file else ""
     weights = {name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
     if is_main():
+        lost = [name for name, p in weights.items() if not p.isfinite().all()]
+        if lost:
+            raise InputError(f"{out}: the generator is not exported, because --export-dtype {args.export_dtype} "
+                             f"overflows in {checkpoint.some(lost)}; expected bf16 or fp32")
         weights, motion = split_motion(weights)
         weights = {prefix + name: p for name, p in weights.items()}
         others = beside_denoiser(args, preset) if family.single_file else {}

@@ -32,7 +32,7 @@ RANGES = {"dmdx.steps": (1, 1000), "dmdx.shift": (0.01, 100), "dmdx.cfg": (-1000
 def check_announced(tensors: Tensors, preset: Preset) -> None:
     """Raises InputError for a file that says it is of another prediction, noise schedule or architecture than
     the preset's. `tensors`: all of the file."""
-    notes, flow = tensors.metadata, preset.schedule in FLOWS
+    notes = tensors.metadata
     zero_snr = preset.schedule in SNR_SHIFT
     found = []
     if "v_pred" in tensors and preset.predicts != "v":
@@ -42,17 +42,15 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
     edm = [name for name in tensors if name.startswith("edm_")]
     if edm:
         found.append(f"trained on an EDM schedule (it has a tensor {short(edm[0])})")
-    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-        # Tools write epsilon there for flow models too, which no file of SD3 is.
-        if key in notes and not flow and notes[key].lower() not in SPELLINGS[preset.predicts]:
-            found.append(f"of another prediction ({key} {short(notes[key], 40)})")
+    found += other_prediction(notes, preset)
     architecture = notes.get("modelspec.architecture", "").lower()
     known = architecture.startswith(("stable-diffusion", "cogvideo", "wan")) or architecture.endswith("lora")
     if known and (not architecture.startswith(ARCHITECTURES[preset.family]) or architecture.endswith("/lora")):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
-        table, expected = tensors["alphas_cumprod"].double(), alphas_cumprod("sdxl")
-        if table.shape != expected.shape or not (table - expected).abs().max() < 2e-3:  # float16: 5e-4
+        table, expected = tensors["alphas_cumprod"], alphas_cumprod("sdxl")
+        if table.shape != expected.shape or not table.is_floating_point() or \
+                not (table.double() - expected).abs().max() < 2e-3:  # float16: 5e-4
             found.append("trained on another noise schedule (its alphas_cumprod)")
     exported = export_notes(tensors)
     for key, value in (("dmdx.predicts", preset.predicts), ("dmdx.schedule", preset.schedule)):
@@ -62,6 +60,33 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
     if found:
         raise InputError(f"{tensors.path}: is {found[0]}; expected a network that predicts {preset.predicts} "
                          f"on the schedule {preset.schedule}")
+
+
+def other_prediction(notes: dict[str, str], preset: Preset) -> list[str]:
+    """What the metadata of a checkpoint or an adapter say otherwise than the preset."""
+    found, flow = [], preset.schedule in FLOWS
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+        # Tools write epsilon there for flow models too, which no file of SD3 is.
+        if key in notes and not flow and notes[key].lower() not in SPELLINGS[preset.predicts]:
+            found.append(f"of another prediction ({key} {short(notes[key], 40)})")
+    for key, other in (("ss_v_parameterization", preset.predicts == "v"),  # kohya's, of an adapter
+                       ("ss_zero_terminal_snr", preset.schedule in SNR_SHIFT)):
+        if notes.get(key, "").lower() == "true" and not other:
+            found.append(f"of another prediction or noise schedule ({key} {notes[key]})")
+    return found
+
+
+def check_adapter(tensors: Tensors, preset: Preset) -> None:
+    """Raises InputError for an adapter that says it was trained on another prediction, schedule or architecture:
+    its tensors may fit all the same."""
+    architecture = tensors.metadata.get("modelspec.architecture", "").lower()
+    found = other_prediction(tensors.metadata, preset)
+    if architecture.startswith(("stable-diffusion", "cogvideo", "wan")) and \
+            not architecture.startswith(ARCHITECTURES[preset.family]):
+        found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
+    if found:
+        raise InputError(f"{tensors.path}: an adapter {found[0]}; expected one of a network that predicts "
+                         f"{preset.predicts} on the schedule {preset.schedule}")
 
 
 def other_scheduler(weights: Path, preset: Preset) -> list[str]:
@@ -86,9 +111,14 @@ def check_scale(weights: Path, vae: dict) -> None:
     """Raises InputError where config.json beside a VAE's weights has another scale or shift of its latents."""
     path = weights.parent / "config.json"
     settings = read_object(path, "a VAE's settings") if path.is_file() else {}
-    for key, value in (("scaling_factor", vae["scale"]), ("shift_factor", vae["shift"])):
-        found = settings.get(key)
-        if found is not None and "Autoencoder" in str(settings.get("_class_name")) and found != value:
+    if "Autoencoder" not in str(settings.get("_class_name")):
+        return
+    # Where the file says none, diffusers takes that of Stable Diffusion 1, or CogVideoX-2b's.
+    usual = 0.18215 if settings["_class_name"] == "AutoencoderKL" else 1.15258426
+    for key, value, absent in (("scaling_factor", vae["scale"], usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
+                               ("latents_mean", None, None), ("latents_std", None, None)):
+        found = absent if settings.get(key) is None else settings[key]
+        if found != value:
             raise InputError(f"{path}: {key} {short(found, 40)}; expected {value}, with which this model's "
                              "denoiser was trained")
 
@@ -128,8 +158,12 @@ def run_settings(folder: Path) -> dict:
     kinds = dict(model=str, ckpt=str | None, text_ckpt=str | None, tokenizers=str, size=list, no_t5=bool)
     if not isinstance(args, dict):
         raise InputError(f"{path}: holds args {short(args, 40)}; expected {what}")
+    kinds |= {name: kind for name, kind in dict(frames=int | None, vae_ckpt=str | None, motion_ckpt=str | None).items()
+              if name in args}  # which older runs have not
     wrong = [f"{name} {short(args.get(name, 'missing'), 40)}" for name, kind in kinds.items()
              if name not in args or not isinstance(args[name], kind)]
+    if not wrong and [type(side) for side in args["size"]] != [int, int]:
+        wrong = [f"size {short(args['size'], 40)}"]
     if wrong or args["model"] not in PRESETS:
         raise InputError(f"{path}: has {', '.join(wrong) or 'model ' + short(args['model'], 40)}; "
                          f"expected {what}")

@@ -23,9 +23,17 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
+def new_parser(script: str, doc: str, formatter: type = Help) -> argparse.ArgumentParser:
+    """Without flags; `script` is its file. A wrong flag is one sentence, as all errors are, without the usage."""
+    parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=formatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.add_argument("--version", action="version", version=VERSION)
+    return parser
+
+
 def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     """The flags of every script that loads a model; `script` is its file."""
-    parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=Help)
+    parser = new_parser(script, doc)
     add = parser.add_argument_group("model files").add_argument
     add("--model", choices=PRESETS, default="tiny-sd3", help="row of models/presets.py")
     add("--ckpt", type=Path, help="original single file, or a folder in diffusers' layout; else the hub's")
@@ -51,8 +59,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--context-parallel", type=int, metavar="K",
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
-    parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None)  # for those without
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None)  # for those without
     return parser
 
 
