@@ -224,8 +224,7 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
                 refuse("expected floating-point weights, found whole numbers", [key])
             found[module][side] = value.float()
     if unknown or not found:
-        refuse("expected LoRA keys of this model's modules, found",
-               unknown or text or embeddings or ["no tensors"])
+        refuse("expected LoRA keys of this model's modules, found", unknown or text or embeddings or ["no tensors"])
     for what, left in (("text-encoder tensors", text), ("embeddings", embeddings)):
         if left:
             warn(f"its {len(left)} {what} are not applied")
@@ -291,8 +290,7 @@ def load_lora(net: nn.Module, names: Names, name: str, tensors: Tensors) -> None
                              "expected the same")
         covered = sum(piece.stop - piece.start for piece in pieces)
         if covered != layer.out_features or any(not torch.equal(piece.down, down) for piece in pieces):
-            raise InputError(f"{tensors.path}: several adapters on {path}; expected one, as this project "
-                             "exports it")
+            raise InputError(f"{tensors.path}: several adapters on {path}; expected one, as this project exports it")
         strength = rank / layer.alpha[name]
         up = torch.cat([piece.up * (piece.scale * strength) for piece in pieces])
         for param, value in ((layer.lora_A[name], down), (layer.lora_B[name], up)):
