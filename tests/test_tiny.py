@@ -95,15 +95,18 @@ def test_video_decoder_bears_noise_in_the_latent():
     assert (seen == scenes.labels[:, None, :4]).all(2).float().mean() > 0.8  # 0.96; of most lost, under 0.5
 
 
-def test_video_teacher_shows_and_moves_as_the_prompt_says():
-    F, vae, text = open_teacher(VIDEO)
-    row, prompts, figures = PRESETS[VIDEO], moving_shapes.evaluation_prompts(48, 1), []
+@pytest.mark.parametrize("name, count", [(VIDEO, 48), ("tiny-animatediff", 16)])
+def test_video_teacher_shows_and_moves_as_the_prompt_says(name, count):
+    F, vae, text = open_teacher(name)
+    row, prompts, figures = PRESETS[name], moving_shapes.evaluation_prompts(count, 1), []
     table = encode_captions(row, text)
     for times, steps in ((generator_times, 1), (teacher_times, 25)):
         tn = times(steps, row.shift, row.schedule)
         figures.append(moving_shapes.evaluate(generate(row, F, vae, table, prompts, tn, 3.0), prompts))
     few, full = figures
-    assert full["accuracy"] >= 0.75 and full["direction"] >= 0.65  # 0.91 and 0.79; after one step 0.03, 0.08
+    # 0.91 and 0.79, AnimateDiff's 0.89 and 0.94 (of 512 clips 0.91, 0.82); after one step at most 0.13, 0.08.
+    assert full["accuracy"] >= 0.75 and full["direction"] >= 0.65
+    assert full["consistency"] >= 0.5  # 0.69 of AnimateDiff (of 512 clips 0.78); after one step 0.09
     assert few["frechet"] > 2 * full["frechet"]
 
 
