@@ -198,6 +198,7 @@ def main(args):
         save_grid(args.out / "grid.png", torch.stack(shown), columns=4, fps=family.fps)
         if preset.frames:
             save_grid(args.out / "grid.png", film_strip(torch.stack(shown)), columns=6)
+        (args.out / "lock").unlink(missing_ok=True)  # a folder of samples holds nothing else
     kind = "videos" if preset.frames else "pictures"
     print0(f"{len(prompts)} {kind}, {steps} steps, guidance {cfg:g}: {args.out / 'grid.png'}")
 
