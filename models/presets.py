@@ -258,5 +258,5 @@ PRESETS["tiny-sd15"] = SD15._replace(
 PRESETS["tiny-animatediff"] = PRESETS["tiny-sd15"]._replace(
     family="animatediff", config=PRESETS["tiny-sd15"].config | dict(motion_mid=True, motion_heads=4),
     schedule="animatediff", motion_ckpt=HERE / "tiny" / "animatediff" / "tiny_mm.safetensors",
-    motion_file="tiny_mm.safetensors", base_2d="tiny-sd15", lr_motion=2e-4, warmup=20, batch_size=8,
-    micro_batch=8, frames=9, data="moving_shapes")
+    motion_file="tiny_mm.safetensors", base_2d="tiny-sd15", lr_motion=2e-4, cfg=(2.0, 2.0),
+    lambdas=(1.0, 0.2), warmup=20, max_iter=200, batch_size=8, micro_batch=8, frames=9, data="moving_shapes")
