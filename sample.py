@@ -127,10 +127,10 @@ def main(args):
     if asked not in (None, args.model):
         raise InputError(f"--model {asked}: {args.lora or args.ckpt} was trained for {args.model}; expected "
                          "that one or no --model")
-    if args.lora_scale != 1 and not args.lora:
-        raise InputError(f"--lora-scale {args.lora_scale:g}: of which adapter is not said; expected --lora FILE too")
     args.null_prompt = args.null_prompt or notes.get("dmdx.null_prompt")
     preset = flags.resolve_model(args)
+    if args.lora_scale != 1 and not args.lora:
+        raise InputError(f"--lora-scale {args.lora_scale:g}: of which adapter is not said; expected --lora FILE too")
     check_out(args.out)
     base = export_notes(source(args, preset))
     metadata = base | notes
