@@ -266,6 +266,7 @@ def test_the_diff_to_adm_is_sec_4_1_3():
     assert new == [
         "parser, _ = parsers.distillation_parser(__file__, __doc__)",
         "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
+        "job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)",
         't = random_time(F_phi.schedule, job.uniform("t", indices))',
         "x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)",
         "x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)",
