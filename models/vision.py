@@ -88,9 +88,12 @@ def load_vision(kind: str, path: str | Path | None = None, dtype: torch.dtype = 
         raise InputError(f"{tensors.path}: {net.config.num_hidden_layers} layers; expected a multiple of 4")
     names = {name: original_name(kind, name) for name in net.state_dict()}
     check_names(tensors, {names[name]: p.shape for name, p in net.state_dict().items()}, UNUSED[kind])
-    for name in names.values():
-        check_values(tensors, name, tensors[name], floating=True)
-    net.load_state_dict({name: tensors[names[name]].to(device, dtype) for name in names}, assign=True)
+    state = {}
+    for name, original in names.items():
+        weight = tensors[original]
+        check_values(tensors, original, weight, floating=True)
+        state[name] = weight.to(device, dtype)
+    net.load_state_dict(state, assign=True)
     return VisionEncoder(net.requires_grad_(False).eval(), kind)
 
 

@@ -80,6 +80,17 @@ def wan_golden(path: Path) -> tuple[dict, dict, dict]:
     return {name: t for name, t in tensors.items() if not name.startswith("w/")}, weights, meta
 
 
+def check_every_third_block_is_tapped(net, x, t, cond) -> None:
+    """The maps of a video network have the shapes of `tap_shapes`, and no block after the last one has run."""
+    ran = []
+    for i, block in enumerate(net.blocks()):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    shapes = net.tap_shapes(*x.shape[1:])
+    maps = net(x, t, cond, taps=tuple(shapes))
+    assert list(shapes) == [i for i in range(net.depth) if i % 3 == 2] and ran == list(range(max(shapes) + 1))
+    assert [tuple(m.shape) for m in maps] == [(len(x), *shape) for shape in shapes.values()]
+
+
 def manifest(path: Path) -> tuple[dict, dict]:
     """(name -> shape, _meta) of a full-size checkpoint."""
     data = json.loads(path.read_text())

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden, read_golden
+from conftest import check_every_third_block_is_tapped, golden, read_golden
 
 from models.cogvideox import CogVideoX, config_from_shapes, rotary_table, sincos_table, timestep_embedding
 
@@ -92,14 +92,8 @@ def test_gradients_equal_the_original(path):
 
 @every
 def test_taps_stop_after_the_last_one(path):
-    net, _, (x, t, cond) = load_case(path)
-    ran = []
-    for i, block in enumerate(net.blocks()):
-        block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    shapes = net.tap_shapes(*x.shape[1:])
-    maps = net(x, t, cond, taps=tuple(shapes))
-    assert list(shapes) == [i for i in range(net.depth) if i % 3 == 2] and ran == list(range(max(shapes) + 1))
-    assert [tuple(m.shape) for m in maps] == [(len(x), *shape) for shape in shapes.values()]
+    net, _, batch = load_case(path)
+    check_every_third_block_is_tapped(net, *batch)
 
 
 # Not the probe, whose inputs are as small as the eps.

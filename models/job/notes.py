@@ -16,6 +16,7 @@ SPELLINGS = {"epsilon": ("epsilon", "eps"), "v": ("v", "v_prediction", "v-predic
 ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
                  "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
                  "cogvideox": "cogvideo", "wan": "wan"}
+KNOWN = ("stable-diffusion", "cogvideo", "wan")  # with which the architectures begin that are told apart
 # Schedule -> entries of diffusers' scheduler_config.json.
 DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             trained_betas=None)
@@ -44,7 +45,7 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
         found.append(f"trained on an EDM schedule (it has a tensor {short(edm[0])})")
     found += other_prediction(notes, preset)
     architecture = notes.get("modelspec.architecture", "").lower()
-    known = architecture.startswith(("stable-diffusion", "cogvideo", "wan")) or architecture.endswith("lora")
+    known = architecture.startswith(KNOWN) or architecture.endswith("lora")
     if known and (not architecture.startswith(ARCHITECTURES[preset.family]) or architecture.endswith("/lora")):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
@@ -81,7 +82,7 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
     its tensors may fit all the same."""
     architecture = tensors.metadata.get("modelspec.architecture", "").lower()
     found = other_prediction(tensors.metadata, preset)
-    if architecture.startswith(("stable-diffusion", "cogvideo", "wan")) and \
+    if architecture.startswith(KNOWN) and \
             not architecture.startswith(ARCHITECTURES[preset.family]):
         found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
     if found:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.data import noise
 from models.diffusion import Denoiser, solve, teacher_times
 from models.job.log import Log
-from models.parallel import neighbours, print0, share_of_rank
+from models.parallel import is_main, neighbours, print0, share_of_rank
 from models.pictures import to_uint8
 from models.presets import Preset
 
@@ -66,5 +66,5 @@ def deviations(F_phi: Denoiser, text, prompts: list[str], args: argparse.Namespa
 def note_overlong(text, prompts: list[str]) -> None:
     """Say how many of the first prompts are cut: all of a large file would take minutes."""
     few = prompts[:200]
-    if few and (cut := text.overlong(few)):
+    if few and is_main() and (cut := text.overlong(few)):
         print0(f"note: {cut} of the first {len(few)} prompts are longer than the text encoders' windows and cut")
