@@ -40,7 +40,8 @@ class LoRALinear(nn.Linear):
             return y
         # Stored in float32, where steps of 1e-6 still move them; multiplied in the activations' dtype.
         down, up = self.lora_A[adapter].to(x.dtype), self.lora_B[adapter].to(x.dtype)
-        return y + self.alpha[adapter] / len(down) * linear(linear(x, down), up)
+        rows = linear(x, down).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), rows, up.T, alpha=self.alpha[adapter] / len(down)).view_as(y)
 
 
 def add_lora(net: nn.Module, names: Names, name: str, rank: int, alpha: float | None = None,
@@ -316,8 +317,7 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
     metadata["lora_alpha"] = f"{alpha:g}"
     if alpha != rank:  # without this entry readers take alpha = rank
         config = dict(r=rank, lora_alpha=alpha, target_modules=modules)
-        metadata["lora_adapter_metadata"] = json.dumps(
-            {names.prefix + key: value for key, value in config.items()})
+        metadata["lora_adapter_metadata"] = json.dumps({names.prefix + key: config[key] for key in config})
     write(path, tensors, metadata)
 
 

@@ -146,6 +146,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     for block in net.blocks():
         # As instance attributes: parameter names stay those of the checkpoint.
         if compiled:  # within the checkpointing, which Dynamo would leave out
+            torch._dynamo.config.recompile_limit = 64  # of a UNet's shapes; above it Dynamo runs without compiling
             block.forward = torch.compile(block.forward, dynamic=False)
         if checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -127,6 +127,18 @@ def test_one_iteration_by_hand(tmp_path, stubs, model, micro):
     assert f_psi.weight.grad is None and F_phi.weight.grad is None  # its own update has cleared f_psi's
 
 
+def test_rates_fall_in_the_last_share_of_the_updates(tmp_path, stubs, monkeypatch):
+    rates, update = [], log_module.update
+
+    def recording(opt, *rest):
+        result = update(opt, *rest)
+        rates.append(opt.param_groups[0]["lr"])
+        return result
+    monkeypatch.setattr(log_module, "update", recording)
+    train(tmp_path / "run", *RANDOM, "--max-iter", 4, "--lr-psi", 1e-3, "--lr-theta", 1e-4, "--lr-decay", 0.5)
+    assert rates[::2] == [1e-3, 1e-3, 1e-3, 5e-4] and rates[1::2] == [1e-4, 1e-4, 1e-4, 5e-5]
+
+
 def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stubs):
     _, G_theta, _ = stubs
     N = 4

@@ -29,7 +29,7 @@ from models.job.folder import run_folder
 from models.job.log import Log, health
 from models.job.networks import load_network, load_text, load_vae
 from models.job.sampling import deviations
-from models.parallel import init_distributed
+from models.parallel import init_distributed, shard
 from models.presets import PRESETS
 
 ROW = PRESETS["tiny-sd3"]
@@ -536,3 +536,20 @@ def test_compiled_blocks_give_the_same(monkeypatch):
         grads.append([p.grad for p in net.parameters() if p.grad is not None])
     assert counter.frame_count > 0 and torch.equal(*outputs)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_twelve_shapes_of_a_block_are_compiled(monkeypatch):
+    """Blocks of one class share one cache, which has eight places unless told otherwise: the ninth shape, of another
+    level, batch or mode of gradients, would run without a word as if never compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+
+    class Block(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).relu()
+    _, mesh = init_distributed()
+    net = torch.nn.Sequential(*(Block(width, width + 1) for width in range(1, 13)))
+    net.blocks = lambda: list(net)
+    shard(net, mesh, torch.float32, compiled=True)(torch.zeros(2, 1))
+    assert counter.frame_count == 12

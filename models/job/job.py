@@ -176,7 +176,8 @@ class Job:
     def begin(self, global_iter: int) -> Log:
         self.global_iter, self.bad_videos = global_iter, 0
         self.began = self.lap = time.perf_counter()
-        return Log()
+        updates_left = self.args.max_iter - self.gen_iter
+        return Log(min(1.0, updates_left / max(1.0, self.args.lr_decay * self.args.max_iter)))
 
     def phase(self, name: str) -> None:
         """Close a phase: --profile keeps its seconds, without those of the first update, and its peak memory."""

@@ -12,10 +12,11 @@ from models.parallel import is_main, mean_over_ranks, update
 
 
 class Log:
-    """One iteration's scalars: means over the micro-batches and ranks, in `record` when closed."""
+    """One iteration's scalars: means over the micro-batches and ranks, in `record` when closed. `rate`: the
+    share of their learning rates at which its updates step."""
 
-    def __init__(self):
-        self.values, self.record = defaultdict(list), {}
+    def __init__(self, rate: float = 1.0):
+        self.values, self.record, self.rate = defaultdict(list), {}, rate
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -44,9 +45,9 @@ class Log:
         return torch.stack(self.values[name]).mean(0)
 
     def update(self, role: str, opt: torch.optim.Optimizer, warmup: float = 1.0) -> None:
-        """Step, at `warmup` times the learning rate, on the gradients that the iteration's loss_ROLE has
-        left; record that loss and their norm."""
-        loss, norm = update(opt, self.mean(f"loss_{role}"), warmup)
+        """Step, at `warmup` and `rate` times the learning rate, on the gradients that the iteration's loss_ROLE
+        has left; record that loss and their norm."""
+        loss, norm = update(opt, self.mean(f"loss_{role}"), warmup * self.rate)
         self.record |= {f"loss_{role}": loss, f"grad_norm_{role}": norm}
 
     def close(self, **values) -> None:
