@@ -157,15 +157,16 @@ def peft_config(tensors: Tensors) -> dict:
                          f"{short(begun, 20)}; expected plain LoRA on the model's unchanged weights")
     try:
         patterns = dict(config.get("alpha_pattern") or {})
+        if config.get("use_rslora") not in (None, False, True):
+            raise ValueError(f"use_rslora {short(config['use_rslora'], 40)}")
         for pattern, alpha in patterns.items() | {("", config.get("lora_alpha", 1))}:
-            if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                raise ValueError(f"{short(alpha, 40)} for a number")
+            if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha == 0:
+                raise ValueError(f"{short(alpha, 40)} for a number that is not 0")
             if SLOW.search(pattern):
                 raise ValueError(f"{short(pattern, 40)}, a pattern that may take forever")
         config["alphas"] = [(re.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in patterns.items()]
     except (TypeError, ValueError, re.error) as error:
-        raise InputError(f"{place}: expected {what}, found a lora_alpha or alpha_pattern that is none "
-                         f"({short(error)})") from error
+        raise InputError(f"{place}: expected {what}, found one that is none ({short(error)})") from error
     return config
 
 
@@ -246,8 +247,8 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
         down, up = down.reshape(rank, -1), up.reshape(rows, rank)
         # kohya's split qkv stacks three ranks in one down; alpha / rows of down is how every reader takes it.
         alpha = parts.get("alpha", torch.tensor(float(rank) if noted is None else noted))
-        if alpha.numel() != 1 or not all(part.isfinite().all() for part in (down, up, alpha)):
-            refuse("expected finite values and an alpha of one number", [module])
+        if alpha.numel() != 1 or not alpha.all() or not all(part.isfinite().all() for part in (down, up, alpha)):
+            refuse("expected finite values and an alpha of one number that is not 0", [module])
         given = "alpha" in parts or not config
         scale = alpha.item() / rank if given else peft_scale(config, module, rank)
         pieces = lora.setdefault(name, [])
@@ -292,8 +293,7 @@ def load_lora(net: nn.Module, names: Names, name: str, tensors: Tensors) -> None
         covered = sum(piece.stop - piece.start for piece in pieces)
         if covered != layer.out_features or any(not torch.equal(piece.down, down) for piece in pieces):
             raise InputError(f"{tensors.path}: several adapters on {path}; expected one, as this project exports it")
-        strength = rank / layer.alpha[name]
-        up = torch.cat([piece.up * (piece.scale * strength) for piece in pieces])
+        up = torch.cat([piece.up * (piece.scale * (rank / layer.alpha[name])) for piece in pieces])
         for param, value in ((layer.lora_A[name], down), (layer.lora_B[name], up)):
             rows, first = local_rows(param)
             rows.copy_(value[first:first + len(rows)])
@@ -304,8 +304,7 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
     """The adapter as diffusers names it: q, k and v apart; fused ones each get a copy of the common down.
 
     An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
-    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside, such as the
-    generator's steps.
+    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside.
     """
     tensors, modules, metadata = {}, [], dict(metadata or {})
     for module, (down, up) in lora_state(net, name).items():

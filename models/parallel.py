@@ -35,23 +35,37 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, DeviceMesh]:
     """Process group and mesh, the same for torchrun and for a plain `python`: (device of this rank, mesh).
 
     The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks (default: those of one
-    node) holds one copy of every network (HSDP). Raises InputError when it does not divide the world size."""
+    node) holds one copy of every network (HSDP). Raises InputError when it does not divide the world size, and for
+    variables of torchrun's that are missing or damaged."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # not started by torchrun: a group of one that needs no port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    try:
+        rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
+        known = 0 <= rank < world and local >= 0 and (
+            world == 1 or dist.is_initialized() or {*TORCHRUN} <= os.environ.keys())
+    except (KeyError, ValueError):
+        known = False
+    if not known:
+        found = " ".join(f"{name}={os.environ.get(name, '')}" for name in TORCHRUN)
+        raise InputError(f"{found}: expected the variables that torchrun sets, or neither RANK nor WORLD_SIZE")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(f"LOCAL_RANK={local}: expected a process for each of the {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        world = int(os.environ["WORLD_SIZE"])
         store = dist.HashStore() if world == 1 else None
         # gloo serves the CPU tensors of --offload beside nccl.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
-                                rank=int(os.environ["RANK"]), world_size=world)
+                                rank=rank, world_size=world)
     if shard_ranks is None:
         shard_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if shard_ranks < 1 or dist.get_world_size() % shard_ranks:

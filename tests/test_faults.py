@@ -12,10 +12,12 @@ from pathlib import Path
 import adm
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, refusal_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from models import parallel
 from models.checkpoint import InputError, open_tensors
 from models.data import read_prompts, truncate_jsonl
 from models.eval.fvd import is_script
@@ -192,12 +194,26 @@ def test_prompts_of_other_layouts(tmp_path):
     ("sample.py", "--lora-scale 2: of which adapter is not said", ("--lora-scale", 2)),
     ("sample.py", "expected times that differ by 0.001", ("--model", "tiny-sdxl", "--times", 1, 0.9999)),
     ("sample.py", "error: argument --seed: invalid int value: '1e30'", ("--seed", "1e30")),
+    ("adm.py", "argument --out: expected a path of one line, found none", ("--out", "")),
+    ("sample.py", "argument --ckpt: expected a path of one line", ("--ckpt", "a\nb")),
     ("adm.py", "error: unrecognized arguments: --foo", ("--foo",)), ("evaluate.py", "invalid choice: 'x'", ("--metrics", "x"))],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_flags_that_cannot_be_meant(tmp_path, monkeypatch, script, words, given):
     monkeypatch.chdir(tmp_path)
     said = refusal_of(script, *given, printed=".*")
     assert words in said and said.count("\n") == 1 and len(said) < 600, said
+
+
+@pytest.mark.parametrize("variables", [dict(RANK="0", WORLD_SIZE="two", LOCAL_RANK="0"), dict(RANK="0", WORLD_SIZE="1"),
+                                       dict(RANK="3", WORLD_SIZE="2"), dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")],
+                         ids=str)
+def test_variables_that_torchrun_would_not_set(monkeypatch, variables):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for name in parallel.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "expected the variables that torchrun sets" in says(parallel.init_distributed)
 
 
 def test_out_is_a_broken_link(tmp_path):

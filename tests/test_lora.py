@@ -24,6 +24,7 @@ from models.lora import (
     lora_layers,
     lora_state,
     merge_lora,
+    peft_config,
     read_lora,
     save_diffusers,
     save_kohya,
@@ -359,6 +360,17 @@ def test_alpha_of_metadata(prefix, config, q_scale, rest_scale, tmp_path):
     q, k = sorted(read_lora(write(tmp_path / "adapter_model.safetensors", peft), net, MMDIT).popitem()[1],
                   key=lambda p: p.start)
     assert (q.scale, k.scale) == (0.25, rest_scale)
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"use_rslora": "false"}, "use_rslora false"), ({"lora_alpha": 0}, "0 for a number that is not 0"),
+    ({"lora_alpha": 4, "alpha_pattern": {"to_q": "2"}}, "2 for a number")])
+def test_settings_that_would_be_read_wrongly(config, words, tmp_path):
+    """A word is true to Python, whatever it says; an alpha of 0 would switch the adapter off."""
+    tensors = write(tmp_path / "a.safetensors", {"x": torch.ones(1)}, lora_adapter_metadata=json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        peft_config(tensors)
+    assert words in str(caught.value)
 
 
 # ---- what is not read

@@ -315,6 +315,8 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         weights, motion = split_motion(weights)
         weights = {prefix + name: p for name, p in weights.items()}
         others = beside_denoiser(args, preset) if family.single_file else {}
+        metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.names.architecture,
+                     "modelspec.title": f"{args.model}, {args.steps} steps"}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
         if motion:
             checkpoint.save_safetensors(out / MOTION, motion, metadata)

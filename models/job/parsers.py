@@ -1,13 +1,17 @@
 """The scripts' command lines. Imports no PyTorch, which takes seconds: --help answers at once."""
 import argparse
+import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from models import __version__
 from models.presets import PRESETS, Preset
 
-VERSION = f"DMDX and AVDM2 {__version__}, PyTorch {version('torch')}"
+try:
+    VERSION = f"DMDX and AVDM2 {__version__}, PyTorch {version('torch')}"
+except PackageNotFoundError:
+    sys.exit("PyTorch is missing: pip install -r requirements.txt")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -23,9 +27,17 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
+def path(text: str) -> Path:
+    """Of a flag: an empty one, of a shell's unset variable, would be the folder one stands in."""
+    if not text or "\n" in text:
+        raise argparse.ArgumentTypeError("expected a path of one line" + ", found none" * (not text))
+    return Path(text)
+
+
 def new_parser(script: str, doc: str, formatter: type = Help) -> argparse.ArgumentParser:
     """Without flags; `script` is its file. A wrong flag is one sentence, as all errors are, without the usage."""
     parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=formatter)
+    parser.register("type", Path, path)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     parser.add_argument("--version", action="version", version=VERSION)
     return parser
