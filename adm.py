@@ -21,6 +21,9 @@ def parse_args(argv=None):
     parser, add = parsers.distillation_parser(__file__, __doc__)
     parsers.add_discriminator_flags(parser, add)
     add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
+    add("--r1", type=float, default=0.0, metavar="WEIGHT", help="of a penalty on D_tau's slope, not in the paper")
+    add("--normalise", action="store_true",
+        help="give each sample's gradient at x_hat_0 one length, as Eq. (5) does; not in the paper")
     add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
     return parser.parse_args(argv)
 
@@ -49,6 +52,9 @@ from models.discriminator import hinge
 from models.job import flags, networks
 from models.job.job import Job
 from models.parallel import adamw, init_distributed, set_trainable
+
+
+NEAR = 0.03  # of latents of deviation 1: the step of --r1's finite difference, a penalty without second derivatives
 
 
 def main(args):
@@ -134,6 +140,9 @@ def main(args):
                 x_real, x_0_real = ode_step(F_phi, x_t, t, s, c, job.c_null, w)        # Alg. 1 l. 21
             h_fake = D_tau.features(x_fake, s, c)
             loss_theta = -D_tau(h_fake).mean()                                         # Eq. (7)
+            if args.normalise:  # not in the paper
+                mean = partial(torch.mean, dim=tuple(range(1, x_hat_0.ndim)), keepdim=True)
+                x_hat_0.register_hook(lambda g: g / mean(g.abs()).clamp_min(1e-20) / (accumulation * g.numel()))
             x_hat_0.retain_grad()
             (loss_theta / accumulation).backward()
             log.add(loss_theta=loss_theta)
@@ -149,6 +158,11 @@ def main(args):
                 h_real = D_tau.features(x_real, s, c)
             logits_fake, logits_real = D_tau([h.detach() for h in h_fake]), D_tau(h_real)  # Alg. 1 l. 25
             loss_tau = hinge(logits_fake, logits_real)                                 # Eq. (8)
+            if args.r1:  # not in the paper
+                with torch.no_grad():
+                    h_near = D_tau.features(x_real + NEAR * job.noise("r1", indices), s, c)
+                slope = (D_tau(h_near) - logits_real).mean(0) / NEAR                   # B
+                loss_tau = loss_tau + args.r1 / 2 * slope.square().mean()
             (loss_tau / accumulation).backward()
             job.phase("discriminator")
             del h_fake, h_real  # gigabytes at full size, which the next micro-batch needs

@@ -12,7 +12,7 @@ import adm
 from models.discriminator import Discriminator
 from models.job import log, networks
 from models.job.families import FAMILIES
-from models.data import uniform
+from models.data import noise, uniform
 from models.diffusion import Denoiser
 from models.parallel import local_rows
 from models.presets import PRESETS
@@ -171,9 +171,44 @@ def test_ttur_updates_the_fake_model_more_often(tmp_path, monkeypatch):
     assert [row["gen_iter"] for row in rows] == [0, 0, 1, 1, 1, 2]
 
 
-def test_accumulation_gives_the_same_gradients(tmp_path):
-    whole, = train(tmp_path / "whole", "--max-iter", 1, "--micro-batch", 4)
-    cut, = train(tmp_path / "cut", "--max-iter", 1, "--micro-batch", 1)
+def test_the_penalty_is_half_the_squared_slope(tmp_path, monkeypatch):
+    """D_tau replaced by 2 times the mean of what it sees: along noise of mean m its slope is 2 m."""
+    monkeypatch.setattr(Discriminator, "features", lambda self, x, t, c: [x])
+    monkeypatch.setattr(Discriminator, "forward", lambda self, h: sum(p.sum() * 0 for p in self.parameters())
+                        + 2 * h[0].mean((1, 2, 3))[None])
+    (plain,), (row,) = (train(tmp_path / str(weight), "--max-iter", 1, "--r1", weight) for weight in (0, 300))
+    slope = 2 * noise((4, 8, 8), 0, 1, "r1", range(4)).mean((1, 2, 3))
+    # Float32 leaves three digits of a difference of 0.03 m.
+    assert row["loss_tau"] - plain["loss_tau"] == pytest.approx(150 * slope.square().mean().item(), rel=0.02)
+    assert row["loss_theta"] == plain["loss_theta"] and row["loss_psi"] == plain["loss_psi"]
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_normalised_gradients_have_one_length(tmp_path, micro):
+    """Their mean size is that of the gradient of a mean over the batch's elements, 1 / n."""
+    grads, register = [], torch.Tensor.register_hook
+
+    def register_hook(x, hook):
+        def keeping(grad):
+            grads.append((grad, hook(grad)))
+            return grads[-1][1]
+        return register(x, keeping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "register_hook", register_hook)
+        row, = train(tmp_path / "run", "--max-iter", 1, "--micro-batch", micro, "--normalise")
+    assert len(grads) == 4 // micro
+    for before, after in grads:
+        size = after.abs().mean((1, 2, 3))
+        torch.testing.assert_close(size, torch.full_like(size, 1 / (4 * 4 * 8 * 8)))
+        ratio = (after / before).flatten(1)
+        torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=0)  # no direction is turned
+    assert row["grad_norm_theta"] > 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--normalise", "--r1", 2)], ids=["paper", "with penalty"])
+def test_accumulation_gives_the_same_gradients(tmp_path, flags):
+    whole, = train(tmp_path / "whole", "--max-iter", 1, "--micro-batch", 4, *flags)
+    cut, = train(tmp_path / "cut", "--max-iter", 1, "--micro-batch", 1, *flags)
     for name in ("loss_psi", "loss_theta", "loss_tau", "dmd"):
         # Float32 sums in another order.
         assert whole[name] == pytest.approx(cut[name], rel=1e-4, abs=1e-5), name

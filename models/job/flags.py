@@ -34,7 +34,7 @@ LIMITS = {
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_decay": SHARE, "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT,
     "micro_batch": COUNT,
-    "mps_threshold": SHARE, "profile": COUNT, "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
+    "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
     "sequence_parallel": COUNT, "shard_size": COUNT, "shift": (0.01, 100), "size": (1, 10 ** 5), "steps": (1, 1000), "stride": COUNT,
     "times": (0.001, 1), "ttur": COUNT, "warmup": COUNT, "workers": (1, 1000),
 }
