@@ -24,7 +24,7 @@ def parse_args(argv=None):
     parser.set_defaults(model="tiny-animatediff")
     parsers.add_clip_flags(parser)
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of avdm2.py")
-    add("--teacher-2d", type=Path, help="any SD1.5 single file, whose style the frames take; default: --ckpt")
+    add("--teacher-2d", type=Path, help="any SD1.5 single file, whose UNet's style the frames take; default: --ckpt's, as are text encoder and VAE")
     add("--steps", type=int, help="N, steps of the generator")
     add("--rollout", choices=("renoise", "ode"), default="renoise",
         help="between the generator's steps: fresh noise, or the ODE")
@@ -70,11 +70,14 @@ def main(args):
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected weights >= 0")
     if args.sdm == "2d" and args.frames_sdm > args.frames:
         raise InputError(f"--frames-sdm {args.frames_sdm}: expected at most the clip's {args.frames} frames")
+    if args.teacher_2d and args.sdm != "2d":
+        raise InputError(f"--teacher-2d {args.teacher_2d} --sdm {args.sdm}: expected --sdm 2d, which has such a teacher")
     source = clips.open_source(args, preset)
     args_2d, preset_2d = networks.frame_model(args, preset)
-    if args.teacher_2d and not args.random_weights:
-        networks.open_denoiser(args_2d, preset_2d)  # a wrong file is refused before the others are loaded
-    job = Job(__file__, args, preset, mesh, device, clips.captions_of(source) if args.cache_text else [])
+    if args.sdm == "2d" and not args.random_weights:  # wrong files are refused before any is loaded
+        for files in ((args, preset), (args_2d, preset_2d)):
+            networks.open_denoiser(*files)
+    job = Job(__file__, args, preset, mesh, device, clips.captions_of(source, None if args.cache_text else 200))
     real = clips.open_clips(job, source)
     load = partial(networks.load_network, args, preset, mesh, device)
     load_2d = partial(networks.load_network, args_2d, preset_2d, mesh, device)
@@ -83,7 +86,7 @@ def main(args):
     G_theta = networks.load_generator(args, preset, mesh, device)                      # Alg. 1 l. 1
     G_theta = replace(G_theta, renoise=args.rollout == "renoise")
     D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device, VideoDiscriminator)  # Alg. 1 l. 1
-    if args.sdm == "2d":  # F_phi takes pictures as its own frames' model does
+    if args.sdm == "2d":  # given pictures, F_phi's network is its UNet without motion
         F_sdm = Denoiser(load_2d() if args.teacher_2d else F_phi.net, preset_2d.predicts, preset_2d.schedule)
         f_psi = Denoiser(load_2d(trainable=True), F_sdm.predicts, F_sdm.schedule)      # Alg. 1 l. 1
     else:
@@ -105,7 +108,7 @@ def main(args):
     lambda_sdm, lambda_gan = args.lambdas
     scale = args.cfg[0]
 
-    def pick(name, indices, *values):  # --sdm 2d: of K frames of each clip, drawn without replacement, as pictures
+    def pick(name, indices, *values):  # --sdm 2d: the values at K frames of each clip, drawn without replacement
         if args.sdm == "video":
             return values
         T, K = job.latent_shape[0], args.frames_sdm
@@ -133,7 +136,7 @@ def main(args):
                 _, x_hat_0 = ode_step(G_theta, x_tn, tn[n], tn[0], c)                  # Alg. 1 l. 4
             job.phase("rollout")
 
-            # update generator G_theta: both losses are taken back to x, then once through its network
+            # update generator G_theta: both losses are differentiated to x, their sum once through its network
             if turn:
                 set_trainable(tau, False)
                 set_trainable(psi, False)
@@ -152,7 +155,8 @@ def main(args):
                         w = torch.full_like(t, scale)
                         _, x_0_fake = ode_step(f_psi, x_t, t, tn[0], c_K)
                         _, x_0_real = ode_step(F_sdm, x_t, t, tn[0], c_K, job.c_null, w)
-                    frames = [y.flatten(0, -4) for y in (x_K, x_0_fake, x_0_real)]  # [choice] a norm for each
+                    # [choice] Eq. (8)'s norm is each frame's, also with --sdm video
+                    frames = [y.flatten(0, -4) for y in (x_K, x_0_fake, x_0_real)]
                     loss_sdm = dmd_loss(*frames)                                       # Alg. 1 l. 10, Eq. (8)
                     grad_sdm, = torch.autograd.grad(lambda_sdm * loss_sdm, x)
                     loss_theta = loss_theta + lambda_sdm * loss_sdm
@@ -165,8 +169,8 @@ def main(args):
             x_hat_0 = x_hat_0.detach()
             log.latents(x_hat_0)
 
-            # update fake model f_psi. [differs] Its gradient and D's are taken before theta's step of l. 11 and
-            # not after: both see x_hat_0 as it is.
+            # update fake model f_psi. Its gradient and D's are taken before theta's step of l. 11: both see x_hat_0
+            # from before that step in Algorithm 1 too.
             if psi:
                 set_trainable(psi, True)
                 t, eps = sdm_pair("eps_psi", indices)                                  # Alg. 1 l. 12

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.sdxl_unet import Attention, FeedForward, ResBlock, SpatialTransformer, UNet, attend
 from models.sdxl_unet import config_from_shapes as unet_config
 
-MAX_FRAMES = 32  # positions that v2 and v3 were trained with
+MAX_FRAMES = 32  # positions in the tables of v2 and v3
 MAX_BATCH = 65_535  # CUDA's attention kernels take no larger one, and each pixel of each clip is a sample
 
 

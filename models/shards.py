@@ -7,6 +7,7 @@ that are finished. A shard is written before the manifest names it: what is not 
 """
 import json
 from bisect import bisect_right
+from collections.abc import Collection
 from hashlib import file_digest
 from hashlib import sha256 as new_sha256
 from itertools import accumulate
@@ -263,13 +264,14 @@ def check_shards(folder: Path, manifest: dict) -> None:
             raise InputError(damaged(folder / entry["file"], fault, KINDS[kind_of(manifest)]))
 
 
-def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs") -> Pairs:
-    """The pairs in a folder of collect_odes.py, or the "latents" in one of models/job/latents.py. Raises
-    InputError for another model or size, when none is finished, and when a shard is missing or cut short; its
+def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs",
+               alike: Collection[str] = ()) -> Pairs:
+    """The pairs in a folder of collect_odes.py, or the "latents" in one of models/job/latents.py, of this model or
+    one of those `alike`. Raises InputError for another model or size, when none is finished, and when a shard is missing or cut short; its
     bytes are checked when it is first read."""
     folder, manifest = Path(folder), read_manifest(folder, kind)
     found, expected = (" x ".join(map(str, shape)) for shape in (manifest["latent_shape"], latent_shape))
-    if (manifest["model"], found) != (model, expected):
+    if manifest["model"] not in (model, *alike) or found != expected:
         height, width = manifest["size"]
         raise InputError(f"{folder}: {kind} of {manifest['model']} at {height}x{width}, latents {found}; "
                          f"expected {model}, latents {expected}")

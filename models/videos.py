@@ -1,4 +1,4 @@
-"""Real video clips with captions: AVDM2's (x, c) ~ D (AVDM2 Algorithm 1 line 17).
+"""Real video clips with captions: the data set of AVDM2's Eq. (6).
 
     clips = Clips("OpenVid", size=(512, 512), frames=16, stride=4, seed=0)
     video, captions = clips.read(iteration, indices)      # (B T 3 H W) in [-1, 1], B texts

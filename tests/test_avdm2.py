@@ -1,4 +1,5 @@
 """avdm2.py: its gradients from the paper's equations, who is trained when, real clips, exports, refusals."""
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -544,7 +545,7 @@ def test_drawn_clips_show_their_captions(tmp_path):
     assert not torch.equal(part, mean)  # a sample of the posterior
 
 
-def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys):
+def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys, monkeypatch):
     table(tmp_path, [("plain.mp4", "a red circle moving left")])
     source = ["--videos", VIDEOS, "--prompts", tmp_path / "t.csv"]
     made = ["--model", "tiny-animatediff", *source, "--count", 6, "--out", tmp_path / "latents"]
@@ -554,6 +555,8 @@ def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys):
     assert "made with another" not in capsys.readouterr().out
     videos, encoded = clips.open_source(live.args, ROW), clips.open_source(cached.args, ROW)
     assert set(clips.captions_of(videos)) == set(clips.captions_of(encoded)) == {"a red circle moving left"}
+    monkeypatch.setitem(PRESETS, "tiny-v3", ROW)  # of the same VAE, as animatediff-v3
+    assert len(clips.open_source(argparse.Namespace(**vars(cached.args) | {"model": "tiny-v3"}), ROW)) == 6
     open_job(tmp_path / "c", "--latents", tmp_path / "latents", "--stride", 2, "--vae-precision", "bf16")
     assert (f"note: {tmp_path / 'latents'} was made with another --vae-ckpt or --vae-precision and another --stride\n"
             in capsys.readouterr().out)
@@ -600,6 +603,7 @@ BASE, MOVING = PRESETS["tiny-sd15"].ckpt, ROW.motion_ckpt
     (["--ckpt", MOVING, "--motion-ckpt", BASE], f"{MOVING}: motion modules; expected SD1.5 or a fine-tune of it"),
     (["--motion-ckpt", BASE], f"{BASE}: a base model; expected a motion file of AnimateDiff v2 or v3"),
     (["--teacher-2d", MOVING], f"{MOVING}: motion modules; expected SD1.5 or a fine-tune of it"),
+    (["--teacher-2d", BASE, "--sdm", "video"], f"--teacher-2d {BASE} --sdm video: expected --sdm 2d"),
     (["--init", VIDEOS], f"--init {VIDEOS}: no generator.safetensors; expected the folder of a finished run"),
 ], ids=lambda value: " ".join(map(str, value)).replace(str(ROOT), "") if isinstance(value, list) else "")
 def test_refused_in_words(tmp_path, given, words):

@@ -1,4 +1,4 @@
-"""Where AVDM2's real clips come from: (x_0, c) of its data set D, one draw per global sample index.
+"""Where AVDM2's real clips come from: (x_0, c) of its data set, one draw per global sample index.
 
 --videos reads files, decoded ahead in threads, and encodes them; --latents reads what models/job/latents.py
 has encoded; a tiny model's are drawn. --random-weights has noise in their place.
@@ -15,7 +15,7 @@ from models.job.job import Job
 from models.job.latents import vae_digest
 from models.job.networks import latent_shape
 from models.parallel import print0
-from models.presets import Preset
+from models.presets import PRESETS, Preset
 from models.shards import Pairs, open_pairs
 from models.text import Cond
 from models.videos import Clips
@@ -34,17 +34,18 @@ def open_source(args: argparse.Namespace, preset: Preset) -> Clips | Pairs | lis
         raise InputError(f"--size {args.size[0]} {args.size[1]}: the clips of {args.model} are drawn at "
                          f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
     if args.latents:
-        return open_pairs(args.latents, args.model, latent_shape(args, preset), "latents")
+        alike = [name for name, row in PRESETS.items() if (row.family, row.vae) == (preset.family, preset.vae)]
+        return open_pairs(args.latents, args.model, latent_shape(args, preset), "latents", alike)
     if args.videos:
         return Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
-    return procedural(preset.data).captions()[:-1] if preset.data else []
+    return procedural(preset.data).captions()[:-1] if preset.data else []  # the last is the empty one
 
 
-def captions_of(source: Clips | Pairs | list[str]) -> list[str]:
-    """Every caption that training may ask for."""
+def captions_of(source: Clips | Pairs | list[str], most: int | None = None) -> list[str]:
+    """Every caption that training may ask for, or the first `most` of them."""
     if isinstance(source, Clips):
-        return [source.row(k)[1] for k in range(len(source))]
-    return source.all_prompts() if isinstance(source, Pairs) else source
+        return [source.row(k)[1] for k in range(len(source))[:most]]
+    return (source.all_prompts() if isinstance(source, Pairs) else source)[:most]
 
 
 def open_clips(job: Job, source: Clips | Pairs | list[str]) -> Callable[[list[int]], tuple[Tensor, Cond]]:

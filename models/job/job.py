@@ -74,7 +74,7 @@ class Job:
             known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
             self.text = open_text(args, preset, mesh, device, known)
             self.c_null = self.text.unconditional()
-            note_overlong(self.text, self.prompts)
+            note_overlong(self.text, self.prompts or prompts)
             kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
             if kinds and is_main():
                 from models.eval.scores import load_scorer
