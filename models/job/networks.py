@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import checkpoint, lora
 from models.checkpoint import InputError, Tensors
 from models.diffusion import Denoiser
-from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator
+from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator, shrink_count
 from models.job.families import DENOISER, FAMILIES, MOTION, VAE, source
 from models.job.motion import split_motion
 from models.job.notes import check_adapter, export_notes, parametrisation
@@ -251,6 +251,10 @@ def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, d
         F_phi = replace(F_phi, net=load_network(args, preset, mesh, device))
     shape = latent_shape(args, preset)
     taps = F_phi.net.tap_shapes(*(shape if preset.frames else shape[-2:]))
+    linear = [name for name, tap in taps.items() if not shrink_count(min(tap[-2:]))] if kind is Discriminator else []
+    if linear:
+        print0(f"note: {len(linear)} of D's {len(taps)} heads are linear ({', '.join(map(str, linear))}): their maps are "
+               "too small to be halved")
     return shard_heads(args, lambda: kind(F_phi, tuple(taps), list(taps.values()), preset.head_width), mesh,
                        device)
 
