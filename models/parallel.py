@@ -6,7 +6,7 @@ learning rates of 1e-7 and 1e-8 bf16 weights could not move; `count_stuck` count
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache, partial
 from weakref import WeakSet
@@ -138,11 +138,19 @@ def reshard() -> None:
         unit.reshard()
 
 
+def saving_on_cpu(forward: Callable, pinned: bool) -> Callable:
+    def call(*args, **named):
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+            return forward(*args, **named)
+    return call
+
+
 def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = False,
-          checkpointing: bool = False, compiled: bool = False, keep: bool = False) -> nn.Module:
+          checkpointing: bool = False, compiled: bool = False, keep: bool = False, away: bool = False) -> nn.Module:
     """FSDP2 per `net.blocks()`: computation in `dtype`, gradients reduced in float32, optional CPU offload, and
     non-reentrant activation checkpointing and torch.compile inside each unit. In place, also on `meta`. `keep`:
-    weights stay gathered after a forward, until a backward or `reshard`."""
+    weights stay gathered after a forward, until a backward or `reshard`. `away`: what checkpointing keeps, the
+    inputs of the units, waits on the CPU for the backward."""
     cuda = mesh.device_type == "cuda"
     options = dict(
         mesh=mesh if mesh.shape[0] > 1 else mesh["shard"],
@@ -164,6 +172,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
             block.forward = torch.compile(block.forward, dynamic=False)
         if checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            if away:
+                block.forward = saving_on_cpu(block.forward, cuda)
         if not alone:
             fully_shard(block, **options)
     if alone:

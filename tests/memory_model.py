@@ -175,6 +175,7 @@ def install(world: int, counted: LiveBytes) -> None:
         sys.exit(f"torch {torch.__version__}: expected a build without CUDA, such as {version('torch')}+cpu")
     patch.multiple(
         torch.cuda, Stream=Idle, Event=Idle, current_stream=Idle, is_available=lambda: True,
+        device_count=lambda: world,
         stream=contextlib.nullcontext, current_device=lambda: 0, set_device=lambda device: None,
         synchronize=lambda: None, max_memory_allocated=lambda: counted.peak["cuda"], _lazy_init=lambda: None,
         reset_peak_memory_stats=lambda: counted.peak.update(cuda=counted.live["cuda"] - counted.peak["cuda"]),
@@ -183,6 +184,8 @@ def install(world: int, counted: LiveBytes) -> None:
         Tensor, pin_memory=lambda self: self, is_pinned=lambda self: True,
         new_tensor=lambda self, value, device=None: torch.tensor(value).to(device or self.device, self.dtype),
     ).start()
+    save_on_cpu = torch.autograd.graph.save_on_cpu
+    patch.object(torch.autograd.graph, "save_on_cpu", lambda pin_memory: save_on_cpu(pin_memory=False)).start()
     patch.object(torch.nn.functional, "scaled_dot_product_attention", attention).start()
     patch.object(torch.nn.Module, "_apply", apply).start()
     resize, move = torch.UntypedStorage.resize_, _fsdp_init._move_states_to_device

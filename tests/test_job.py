@@ -519,13 +519,21 @@ def test_precision_of_the_vae(flags, dtype):
     assert {p.dtype for p in load_vae(args, resolve(args), device).parameters()} == {dtype}
 
 
-def test_compiled_blocks_give_the_same(monkeypatch):
-    """With --compile, and checkpointing around it. Dynamo's graphs are run as they are: compiling takes minutes."""
-    counter = CompileCounter()
+@pytest.mark.parametrize("flag", ["--compile", "--offload-activations"])
+def test_blocks_that_are_compiled_or_keep_nothing_on_the_card_give_the_same(monkeypatch, flag):
+    """With checkpointing around or within. Dynamo's graphs are run as they are: compiling takes minutes."""
+    counter, moved = CompileCounter(), []
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+
+    class Counting(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory):
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda x: moved.append(tuple(x.shape)) or pack(x)
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counting)
     device, mesh = init_distributed()
     outputs, grads = [], []
-    for flags in ([], ["--compile"]):
+    for flags in ([], [flag]):
         args = adm.parse_args(["--model", "tiny-cogvideox", *flags])
         preset = resolve(args)
         args.no_checkpointing = False
@@ -534,7 +542,9 @@ def test_compiled_blocks_give_the_same(monkeypatch):
         outputs.append(net(torch.randn(2, 3, 4, 8, 8), torch.tensor([0.5, 0.9]), (torch.randn(2, 12, 128), torch.zeros(2, 0))))
         outputs[-1].square().sum().backward()
         grads.append([p.grad for p in net.parameters() if p.grad is not None])
-    assert counter.frame_count > 0 and torch.equal(*outputs)
+    assert (counter.frame_count > 0) == (flag == "--compile") and torch.equal(*outputs)
+    tokens = [shape for shape in moved if shape == (2, 48, 96)]  # each block's input, and nothing within a block
+    assert len(tokens) == 6 * (flag == "--offload-activations")
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

@@ -96,7 +96,8 @@ def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, t
         lora.add_lora(net, family.names, name, rank)
     if args.sequence_parallel > 1:
         sequence_parallel(net, neighbours(args.sequence_parallel))
-    shard(net, mesh, compute, args.offload, not args.no_checkpointing, args.compile, args.no_reshard)
+    shard(net, mesh, compute, args.offload, not args.no_checkpointing, args.compile, args.no_reshard,
+          args.offload_activations)
     materialise(net, device, args.offload)
     if tensors is None:
         fill_random(net, args.seed)

@@ -71,7 +71,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--context-parallel", type=int, metavar="K",
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None)  # for those without
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None, offload_activations=False)  # for those without
     return parser
 
 
@@ -87,6 +87,8 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     add("--micro-batch", type=int, help="samples per forward on one rank")
     add("--no-checkpointing", action="store_true", default=None,
         help="keep activations, do not compute them twice")
+    add("--offload-activations", action="store_true",
+        help="what checkpointing keeps of a forward waits on the CPU: for long videos")
     add("--cache-text", type=Path, metavar="FOLDER",
         help="encode every prompt into this folder, once, and train without the text encoders")
     algorithm = parser.add_argument_group("algorithm").add_argument
