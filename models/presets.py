@@ -261,5 +261,5 @@ PRESETS["tiny-animatediff"] = PRESETS["tiny-sd15"]._replace(
     family="animatediff", config=PRESETS["tiny-sd15"].config | dict(motion_mid=True, motion_heads=4),
     schedule="animatediff", motion_ckpt=HERE / "tiny" / "animatediff" / "tiny_mm.safetensors",
     motion_file="tiny_mm.safetensors", base_2d="tiny-sd15", lr_theta=2e-5, lr_motion=1e-4, lr_tau=2e-3, cfg=(2.0, 2.0),
-    lambdas=(1.0, 0.1), warmup=20, lr_decay=0.7, max_iter=150, batch_size=8, micro_batch=8, frames=9, evaluate=128,
+    lambdas=(1.0, 0.1), warmup=20, lr_decay=0.7, max_iter=150, batch_size=8, micro_batch=8, frames=9,
     data="moving_shapes")
