@@ -24,7 +24,8 @@ def parse_args(argv=None):
     parser.set_defaults(model="tiny-animatediff")
     parsers.add_clip_flags(parser)
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of avdm2.py")
-    add("--teacher-2d", type=Path, help="any SD1.5 single file, whose UNet's style the frames take; default: --ckpt's, as are text encoder and VAE")
+    add("--teacher-2d", type=Path,
+        help="any SD1.5 single file, whose UNet's style the frames take; text encoder and VAE are --ckpt's; default: --ckpt")
     add("--steps", type=int, help="N, steps of the generator")
     add("--rollout", choices=("renoise", "ode"), default="renoise",
         help="between the generator's steps: fresh noise, or the ODE")

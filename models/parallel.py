@@ -139,6 +139,7 @@ def reshard() -> None:
 
 
 def saving_on_cpu(forward: Callable, pinned: bool) -> Callable:
+    """`forward`, whose tensors saved for the backward wait on the CPU."""
     def call(*args, **named):
         with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
             return forward(*args, **named)

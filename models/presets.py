@@ -71,8 +71,7 @@ class Preset(NamedTuple):
     lr_motion: float = 0.0              # of the generator's motion modules; lr_theta is its UNet's
     lambdas: tuple[float, float] = (1.0, 5e-3)  # [choice] weights of score matching and of the GAN, Eq. (9)
     warmup: int = 0                     # [choice] passes until the learning rates are whole
-    # [choice]
-    lr_decay: float = 0.0               # share of the updates, at the end, over which all rates fall to 0
+    lr_decay: float = 0.0               # [choice] share of the updates, the last, in which all rates fall to 0
 
 
 PROMPTS = (

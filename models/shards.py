@@ -267,8 +267,8 @@ def check_shards(folder: Path, manifest: dict) -> None:
 def open_pairs(folder: str | Path, model: str, latent_shape: tuple[int, ...], kind: str = "pairs",
                alike: Collection[str] = ()) -> Pairs:
     """The pairs in a folder of collect_odes.py, or the "latents" in one of models/job/latents.py, of this model or
-    one of those `alike`. Raises InputError for another model or size, when none is finished, and when a shard is missing or cut short; its
-    bytes are checked when it is first read."""
+    one of those `alike`. Raises InputError for another model or size, when none is finished, and when a shard is
+    missing or cut short; its bytes are checked when it is first read."""
     folder, manifest = Path(folder), read_manifest(folder, kind)
     found, expected = (" x ".join(map(str, shape)) for shape in (manifest["latent_shape"], latent_shape))
     if manifest["model"] not in (model, *alike) or found != expected:

@@ -535,8 +535,8 @@ def test_blocks_that_are_compiled_or_keep_nothing_on_the_card_give_the_same(monk
     outputs, grads = [], []
     for flags in ([], [flag]):
         args = adm.parse_args(["--model", "tiny-cogvideox", *flags])
+        args.no_checkpointing = False  # which the preset leaves out
         preset = resolve(args)
-        args.no_checkpointing = False
         net = load_network(args, preset, mesh, device, trainable=True)
         torch.manual_seed(0)
         outputs.append(net(torch.randn(2, 3, 4, 8, 8), torch.tensor([0.5, 0.9]), (torch.randn(2, 12, 128), torch.zeros(2, 0))))

@@ -33,8 +33,8 @@ LIMITS = {
     "frames_sdm": COUNT,
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_decay": SHARE, "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT,
-    "micro_batch": COUNT,
-    "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT, "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
+    "micro_batch": COUNT, "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT,
+    "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
     "sequence_parallel": COUNT, "shard_size": COUNT, "shift": (0.01, 100), "size": (1, 10 ** 5), "steps": (1, 1000), "stride": COUNT,
     "times": (0.001, 1), "ttur": COUNT, "warmup": COUNT, "workers": (1, 1000),
 }
@@ -128,6 +128,9 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
     args.max_iter = args.profile or args.max_iter
+    if args.offload_activations and args.no_checkpointing:
+        raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
+                         "expected checkpointing, of which it moves what is kept")
     init_file(args)
     procedural = bool(preset.data)
     if procedural and args.evaluate == 1:

@@ -71,7 +71,8 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
     add("--context-parallel", type=int, metavar="K",
         help="ranks that share the decoding of a video's frames; default: those of --sequence-parallel")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
-    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None, offload_activations=False)  # for those without
+    parser.set_defaults(no_checkpointing=True, random_weights=False, init=None, cache_text=None,  # for those without
+                        offload_activations=False)
     return parser
 
 
