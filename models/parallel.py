@@ -166,10 +166,11 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
     # much as a tiny network itself.
     cast = any(p.dtype != dtype for name, p in net.named_parameters() if ".lora_" not in name)
     alone = mesh.size() == 1 and not cast and not offload
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # of a UNet's shapes; above it Dynamo runs without compiling
     for block in net.blocks():
         # As instance attributes: parameter names stay those of the checkpoint.
         if compiled:  # within the checkpointing, which Dynamo would leave out
-            torch._dynamo.config.recompile_limit = 64  # of a UNet's shapes; above it Dynamo runs without compiling
             block.forward = torch.compile(block.forward, dynamic=False)
         if checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -209,10 +209,13 @@ class Pairs:
         return (f"{self.folder}: {self.kind.noun} of {self.manifest['model']} at {height}x{width}, "
                 f"{len(self)}{unfinished}")
 
-    def all_prompts(self) -> list[str | None]:
-        """Of every entry, in order; the shards' other bytes are not read. Raises InputError for damaged prompts."""
+    def all_prompts(self, most: int | None = None) -> list[str | None]:
+        """Of every entry, in order, or of the first `most`; the shards' other bytes are not read. Raises InputError
+        for damaged prompts."""
         found = []
         for entry in self.shards:
+            if most is not None and len(found) >= most:
+                break
             path = self.folder / entry["file"]
             try:
                 prompts = parse_json(open_tensors(path)["prompts"].numpy().tobytes())
@@ -221,7 +224,7 @@ class Pairs:
             except (ValueError, TypeError):
                 raise InputError(damaged(path, "damaged prompts", self.kind)) from None
             found += prompts
-        return found
+        return found[:most]
 
     def shard(self, k: int) -> Tensors:
         if k not in self.opened:

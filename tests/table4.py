@@ -52,26 +52,29 @@ def run(script: str, out: Path, *flags, model: str = "tiny-sdxl") -> None:
     print(f"{out.name} done", flush=True)
 
 
+def finish(script: str, out: Path, *flags, model: str = "tiny-sdxl") -> None:
+    """`run` a training without its comparison, unless it is finished; what was begun and killed goes on."""
+    if not (out / "generator.safetensors").exists():
+        run(script, out, "--evaluate", 0, "--resume", *flags, model=model)
+
+
 def train(args, name: str, seed: int) -> None:
-    """A row's run of one seed, unless it is finished; what was begun and killed goes on."""
+    """A row's run of one seed."""
     _, script, flags, first = ROWS[name]
-    out = args.out / f"{name.replace(' ', '')}-{seed}"
-    if (out / "generator.safetensors").exists():
-        return
-    flags = [*flags, "--seed", seed, "--evaluate", 0]
+    flags = [*flags, "--seed", seed]
     flags += ["--pairs", args.out / "odes"] if script == "adp.py" else []
     flags += ["--init", args.out / f"{first}-{seed}"] if first else []
     flags += ["--pixel-ckpt", args.dinov2] if name == "A2" else []
-    flags += ["--resume"] if (out / "config.json").exists() else []
-    run(script, out, *flags)
+    finish(script, args.out / f"{name.replace(' ', '')}-{seed}", *flags)
 
 
-def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None) -> dict:
-    """Exact figures of the denoiser in a file, the same noise and prompts for all."""
-    preset = PRESETS["tiny-sdxl"]
-    F, vae, text = open_teacher("tiny-sdxl", ckpt)
+def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None, model: str = "tiny-sdxl",
+            few: int = 1) -> dict:
+    """Exact figures of the denoiser in a file, the same noise and prompts for all. `few`: a generator's steps."""
+    preset = PRESETS[model]
+    F, vae, text = open_teacher(model, ckpt)
     F = replace(F, **parametrisation(open_tensors(ckpt).metadata))
-    tn = (generator_times if steps == 1 else teacher_times)(steps, preset.shift, F.schedule)
+    tn = (generator_times if steps == few else teacher_times)(steps, preset.shift, F.schedule)
     prompts, table = shapes.evaluation_prompts(samples), encode_captions(preset, text)
     return shapes.evaluate(generate(preset, F, vae, table, prompts, tn, cfg), prompts)
 

@@ -13,12 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.diffusion import generator_times, teacher_times  # noqa: E402
-from models.eval import shapes  # noqa: E402
+import table4  # noqa: E402
 from models.job.log import average  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
-from models.tiny.training import encode_captions, generate, open_teacher  # noqa: E402
-from table4 import FIGURES, cells, options, run  # noqa: E402
+from table4 import FIGURES, cells, finish, options  # noqa: E402
 
 NAME, N = "tiny-sd3", 4
 PRESET = PRESETS[NAME]
@@ -32,32 +30,25 @@ METHODS = {
 THETAS, TIMES = (2e-5, 5e-5, 1e-4, 2e-4), (4, 16)  # the fake model's rate is TIMES of the generator's, D's twice that
 
 
-def figures(out: Path, samples: int, steps: int = N, cfg: float | None = None, ckpt: Path | None = None) -> dict:
-    """Exact figures of a run's generator, or of the teacher: the same noise and prompts for all."""
+def figures(out: Path, ckpt: Path, samples: int, steps: int = N, cfg: float | None = None) -> dict:
+    """table4.py's of a run's generator, or of the teacher, kept in a file in `out`."""
     cached = out / f"figures_{steps}_{cfg}_{samples}.json"
     if not cached.exists():
-        F, vae, text = open_teacher(NAME, ckpt)
-        tn = (generator_times if steps == N else teacher_times)(steps, PRESET.shift, F.schedule)
-        prompts, table = shapes.evaluation_prompts(samples), encode_captions(PRESET, text)
-        images = generate(PRESET, F, vae, table, prompts, tn, cfg)
-        cached.write_text(json.dumps(shapes.evaluate(images, prompts)))
+        cached.write_text(json.dumps(table4.figures(ckpt, samples, steps, cfg, NAME, N)))
     return json.loads(cached.read_text())
 
 
 def distil(args, method: str, theta: float, times: int, seed: int, updates: int) -> dict:
-    """Figures and diagnostics of one run, which is done unless it is finished; what was killed goes on."""
+    """Figures and diagnostics of one run."""
     script, flags = METHODS[method]
     word = "".join(c for c in method if c.isalnum() or c == "-")
     out = args.out / f"{word}-{theta:g}-{times}-{updates}-{seed}"
-    if not (out / "generator.safetensors").exists():
-        rates = ["--lr-theta", theta, "--lr-psi", times * theta]
-        rates += ["--lr-tau", 2 * times * theta] if script == "adm.py" else []
-        resume = ["--resume"] if (out / "state").exists() else []
-        run(script, out, "--steps", N, "--lr-decay", 1, "--max-iter", updates, "--evaluate", 0, "--seed", seed,
-            *rates, *flags, *resume, model=NAME)
+    rates = ["--lr-theta", theta, "--lr-psi", times * theta]
+    rates += ["--lr-tau", 2 * times * theta] if script == "adm.py" else []
+    finish(script, out, "--steps", N, "--lr-decay", 1, "--max-iter", updates, "--seed", seed, *rates, *flags, model=NAME)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-100:]
     told = average(rows, "told_apart") if "told_apart" in rows[-1] else []
-    return figures(out, args.samples, ckpt=out / "generator.safetensors") | dict(
+    return figures(out, out / "generator.safetensors", args.samples) | dict(
         cos_dmd=average(rows, "cos_dmd")[0], told_apart=sum(told) / len(told) if told else float("nan"))
 
 
@@ -86,7 +77,7 @@ def main():
               + "---|" * 8)
         for steps, cfg in ((PRESET.teacher_steps, PRESET.teacher_cfg), (N, PRESET.teacher_cfg), (N, None)):
             label = f"teacher, {steps} steps" + (f", guidance {cfg:g}" if cfg else "")
-            print(f"| {label} | | {cells([figures(args.out, args.samples, steps, cfg)], FIGURES)} | | |")
+            print(f"| {label} | | {cells([figures(args.out, PRESET.ckpt, args.samples, steps, cfg)], FIGURES)} | | |")
         for method in methods:
             rows = [job.result() for job in runs[method]]
             text = cells(rows, (*FIGURES, "cos_dmd", "told_apart")).replace("nan ± nan", "")  # DMD has no D

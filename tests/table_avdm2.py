@@ -25,7 +25,7 @@ from models.job.networks import load_network, load_text, load_vae  # noqa: E402
 from models.job.sampling import generate  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
 from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
-from table4 import cells, options, run  # noqa: E402
+from table4 import cells, finish, options  # noqa: E402
 
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
@@ -73,13 +73,10 @@ def in_tone(clips: Tensor) -> Tensor:
 
 
 def distil(args, label: str, seed: int) -> dict:
-    """Figures of a row's run of one seed, which is done unless it is finished; what was killed goes on."""
+    """Figures of a row's run of one seed."""
     out = args.out / f"{label.replace(' ', '_').replace(',', '')}-{seed}"
-    if not (out / "generator.safetensors").exists():
-        flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
-        flags += ["--seed", seed, "--evaluate", 0, *args.flags]
-        flags += ["--resume"] if (out / "state").exists() else []
-        run("avdm2.py", out, *flags, model=NAME)
+    flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
+    finish("avdm2.py", out, *flags, "--seed", seed, *args.flags, model=NAME)
     return figures(args, out / "generator.safetensors", 4, None, "TONE" in ROWS[label])
 
 

@@ -440,7 +440,7 @@ def test_the_generator_is_exported_as_a_velocity_network_on_the_straight_path(fi
     source, export = open_tensors(ROW.ckpt), open_tensors(finished / "generator.safetensors")
     named = {key: value for key, value in export.metadata.items() if not key.startswith("modelspec.")}
     assert named == FLOW | {"format": "pt", "dmdx.model": "tiny-sdxl", "dmdx.steps": str(ROW.steps),
-                                      "dmdx.shift": str(ROW.shift), "dmdx.crc32": checksum(export, export.metadata)}
+                            "dmdx.shift": str(ROW.shift), "dmdx.crc32": checksum(export, export.metadata)}
     assert export.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
     assert export.shapes == source.shapes
     changed = {name for name in source if not torch.equal(source[name].float(), export[name].float())}

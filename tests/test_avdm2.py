@@ -555,6 +555,7 @@ def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys, monke
     assert "made with another" not in capsys.readouterr().out
     videos, encoded = clips.open_source(live.args, ROW), clips.open_source(cached.args, ROW)
     assert set(clips.captions_of(videos)) == set(clips.captions_of(encoded)) == {"a red circle moving left"}
+    assert len(clips.captions_of(encoded, 2)) == len(clips.captions_of(encoded)) - 4
     monkeypatch.setitem(PRESETS, "tiny-v3", ROW)  # of the same VAE, as animatediff-v3
     assert len(clips.open_source(argparse.Namespace(**vars(cached.args) | {"model": "tiny-v3"}), ROW)) == 6
     open_job(tmp_path / "c", "--latents", tmp_path / "latents", "--stride", 2, "--vae-precision", "bf16")

@@ -45,7 +45,7 @@ def captions_of(source: Clips | Pairs | list[str], most: int | None = None) -> l
     """Every caption that training may ask for, or the first `most` of them."""
     if isinstance(source, Clips):
         return [source.row(k)[1] for k in range(len(source))[:most]]
-    return (source.all_prompts() if isinstance(source, Pairs) else source)[:most]
+    return source.all_prompts(most) if isinstance(source, Pairs) else source[:most]
 
 
 def open_clips(job: Job, source: Clips | Pairs | list[str]) -> Callable[[list[int]], tuple[Tensor, Cond]]:

@@ -82,8 +82,7 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
     its tensors may fit all the same."""
     architecture = tensors.metadata.get("modelspec.architecture", "").lower()
     found = other_prediction(tensors.metadata, preset)
-    if architecture.startswith(KNOWN) and \
-            not architecture.startswith(ARCHITECTURES[preset.family]):
+    if architecture.startswith(KNOWN) and not architecture.startswith(ARCHITECTURES[preset.family]):
         found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
     if found:
         raise InputError(f"{tensors.path}: an adapter {found[0]}; expected one of a network that predicts "
