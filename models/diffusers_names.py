@@ -20,7 +20,7 @@ class Names(NamedTuple):
     prefix: str                 # of the network in a diffusers pipeline
     kohya: Callable             # (module, net) -> its name, dotted, in the files of kohya's sd-scripts
     architecture: str           # in `modelspec.architecture`
-    dotted: str = ""            # ComfyUI's prefix for dotted names, where its files have those and not kohya's
+    dotted: str = ""            # the prefix of the dotted names in ComfyUI's files, where those are a layout of their own
 
 
 def same(module: str, net: nn.Module) -> str:

@@ -1,9 +1,8 @@
 """LoRA (Hu et al. 2021): adapters on linear layers, and the LoRA files people already have.
 
-A weight W (out, in) becomes W + alpha / rank * up @ down, with down (rank, in) and up (out, rank). Several
-adapters share one set of base weights; which of them acts is an argument of forward.
-Read: plain LoRA as diffusers (with and before peft), OneTrainer, SimpleTuner, kohya, ComfyUI and MotionLoRA
-spell it. Written: the diffusers and the kohya layout.
+A weight W (out, in) becomes W + alpha / rank * up @ down, with down (rank, in) and up (out, rank). Several adapters
+share one set of base weights; which of them acts is an argument of forward. Read: plain LoRA as diffusers (with and
+before peft), OneTrainer, SimpleTuner, kohya, ComfyUI and MotionLoRA spell it. Written: diffusers', kohya's, ComfyUI's.
 """
 import json
 import math
@@ -105,22 +104,21 @@ class Piece(NamedTuple):
     """scale * up @ down is added to rows start..stop of a weight (a convolution's kernel flattened)."""
     start: int
     stop: int
-    down: Tensor  # rank in
-    up: Tensor  # stop-start rank
+    down: Tensor  # rank in, or without `up` the whole difference of the weight
+    up: Tensor | None  # stop-start rank
     scale: float
 
 
-TEXT = ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.")
-EMBEDDINGS = ("bundle_emb.",)
+LEFT = {"text-encoder tensors": ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl."), "embeddings": ("bundle_emb.",)}
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|unet\.|(model\.)?diffusion_model\.|"
                     r"lora_transformer_|lora_unet__?|lycoris_)?")
 OLD = (  # spellings of diffusers before it used peft, and of MotionLoRA
     (re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$"), r".\1.lora_\2.weight"),
     (re.compile(r"\.lora(_linear_layer)?\.(down|up)\.weight$"), r".lora_\2.weight"),
     (re.compile(r"\.to_out\.lora_"), ".to_out.0.lora_"))
-PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.alpha")
+PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.(alpha|diff|diff_b)")
 SLOW = re.compile(r"\)[*+?{]|([*+?{][^*+?{]*){3}")  # a group repeated, or three repetitions in one pattern
-OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|(diff|diff_b|[wb]_norm)$)")
+OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|[wb]_norm$)")
 
 
 def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
@@ -192,23 +190,23 @@ def plain_alpha(metadata: dict[str, str]) -> float | None:
 def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[Piece]]:
     """A LoRA file for `net` (which may be on `meta`) -> {weight name: pieces to add}.
 
-    Alpha is that of `.alpha` tensors, of peft's settings, of plain metadata or, as a warning says, the rank.
-    Text-encoder parts and embeddings are not applied, as warnings say. Raises InputError for LyCORIS, DoRA,
-    other models' keys, incomplete pairs, wrong shapes and values that are not finite.
+    Alpha is that of `.alpha` tensors, of peft's settings, of plain metadata or, as a warning says, the rank. `.diff`
+    and `.diff_b` are whole differences of a module's weight and bias. Text-encoder parts and embeddings are not
+    applied, as warnings say. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete pairs, wrong shapes
+    and values that are not finite.
     """
     def refuse(problem, keys):
-        keys = [short(key) for key in keys]
-        raise InputError(f"{tensors.path}: {problem}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}")
+        raise InputError(f"{tensors.path}: {problem}: {', '.join(map(short, keys[:3]))}{' ...' if len(keys) > 3 else ''}")
 
     def warn(sentence):
         warnings.warn(f"{tensors.path}: {sentence}", stacklevel=3)
 
-    text = [key for key in tensors if key.startswith(TEXT)]
-    embeddings = [key for key in tensors if key.startswith(EMBEDDINGS)]
-    keys = [key for key in tensors if not key.startswith(TEXT + EMBEDDINGS)]
+    aside = {what: [key for key in tensors if key.startswith(starts)] for what, starts in LEFT.items()}
+    keys = [key for key in tensors if not any(map(key.startswith, LEFT.values()))]
     if other := [key for key in keys if OTHER.search(key)]:
         refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
-    table, found, unknown = spellings(net, names), {}, []
+    table, found, unknown, lora = spellings(net, names), {}, [], {}
+    whole, ends = dict(net.named_parameters()), {"diff": ".weight", "diff_b": ".bias"}
     sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
     for key in keys:
         spelled = key
@@ -216,7 +214,12 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
             spelled = pattern.sub(new, spelled)
         match = PART.fullmatch(spelled)
         module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
-        if module not in table:
+        name = module + ends[match[5]] if match and match[5] in ends else None  # of a whole difference
+        if name in whole and name not in lora:
+            if tensors.shapes[key] != whole[name].shape or not tensors[key].isfinite().all():
+                refuse(f"expected finite values of the shape of {name}, {(*whole[name].shape,)}", [key])
+            lora[name] = [Piece(0, len(whole[name]), tensors[key].float(), None, 1.0)]
+        elif name or module not in table:
             unknown.append(key)
         elif sides[match[2]] in found.setdefault(module, {}):
             refuse("the same weight is given twice", [key])
@@ -225,13 +228,13 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
             if side != "alpha" and not value.is_floating_point():
                 refuse("expected floating-point weights, found whole numbers", [key])
             found[module][side] = value.float()
-    if unknown or not found:
-        refuse("expected LoRA keys of this model's modules, found", unknown or text or embeddings or ["no tensors"])
-    for what, left in (("text-encoder tensors", text), ("embeddings", embeddings)):
+    if unknown or not (found or lora):
+        refuse("expected LoRA keys of this model's modules, found", unknown or sum(aside.values(), []) or ["no tensors"])
+    for what, left in aside.items():
         if left:
             warn(f"its {len(left)} {what} are not applied")
 
-    config, lora = peft_config(tensors), {}
+    config = peft_config(tensors)
     with_alphas = any("alpha" in parts for parts in found.values())
     noted = None if with_alphas else plain_alpha(tensors.metadata)
     for module, parts in found.items():
@@ -249,14 +252,13 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
         alpha = parts.get("alpha", torch.tensor(float(rank) if noted is None else noted))
         if alpha.numel() != 1 or not alpha.all() or not all(part.isfinite().all() for part in (down, up, alpha)):
             refuse("expected finite values and an alpha of one number that is not 0", [module])
-        given = "alpha" in parts or not config
-        scale = alpha.item() / rank if given else peft_scale(config, module, rank)
+        scale = peft_scale(config, module, rank) if config and "alpha" not in parts else alpha.item() / rank
         pieces = lora.setdefault(name, [])
         for (start, stop), part in zip(cuts, up.split([stop - start for start, stop in cuts])):
             if any(start < p.stop and p.start < stop for p in pieces):
                 refuse("the same weight is given twice, under two names", [module])
             pieces.append(Piece(start, stop, down, part, scale))
-    if not config and not with_alphas and noted is None:
+    if found and not config and not with_alphas and noted is None:
         warn("says no alpha; strength 1 is assumed, alpha = rank")
     return lora
 
@@ -270,7 +272,7 @@ def merge_lora(target: nn.Module | dict[str, Tensor], lora: dict[str, list[Piece
         rows, first = local_rows(weights[name])
         delta = torch.zeros(weights[name].shape, device=rows.device)
         for start, stop, down, up, piece_scale in pieces:
-            product = up.to(delta.device) @ down.to(delta.device)
+            product = down.to(delta.device) if up is None else up.to(delta.device) @ down.to(delta.device)
             delta[start:stop] += scale * piece_scale * product.view_as(delta[start:stop])
         rows.copy_(rows.float() + delta[first:first + len(rows)])
 
@@ -287,12 +289,12 @@ def load_lora(net: nn.Module, names: Names, name: str, tensors: Tensors) -> None
     for path, layer in layers.items():
         pieces = sorted(lora[path + ".weight"], key=lambda piece: piece.start)
         down, rank = pieces[0].down, len(layer.lora_A[name])
-        if any(len(piece.down) != rank for piece in pieces):
+        if any(piece.up is not None and len(piece.down) != rank for piece in pieces):
             raise InputError(f"{tensors.path}: an adapter of rank {len(down)}, and --lora-rank is {rank}; "
                              "expected the same")
-        covered = sum(piece.stop - piece.start for piece in pieces)
+        covered = sum(piece.stop - piece.start for piece in pieces if piece.up is not None)
         if covered != layer.out_features or any(not torch.equal(piece.down, down) for piece in pieces):
-            raise InputError(f"{tensors.path}: several adapters on {path}; expected one, as this project exports it")
+            raise InputError(f"{tensors.path}: not one adapter on {path}; expected one, as this project exports it")
         up = torch.cat([piece.up * (piece.scale * (rank / layer.alpha[name])) for piece in pieces])
         for param, value in ((layer.lora_A[name], down), (layer.lora_B[name], up)):
             rows, first = local_rows(param)
@@ -320,11 +322,11 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
     write(path, tensors, metadata)
 
 
-def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str,
-               metadata: dict[str, str] | None = None) -> None:
-    """The adapter as sd-scripts and ComfyUI name it: modules with underscores or, after `names.dotted`, with dots,
-    qkv fused, alphas. Those of motion modules are MotionLoRA's, which has no alphas: readers pick their own by
-    the names."""
+def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str, metadata: dict[str, str] | None = None,
+               dotted: str = "") -> None:
+    """The adapter as sd-scripts, musubi-tuner and ComfyUI name it: modules with underscores or, after `dotted`, with
+    dots, qkv fused, alphas. Those of motion modules are MotionLoRA's, which has no alphas: readers pick their own
+    by the names."""
     tensors, layers = {}, lora_layers(net, name)
     for module, (down, up) in lora_state(net, name).items():
         spelling, alpha = names.kohya(module, net), layers[module].alpha[name]
@@ -333,15 +335,14 @@ def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str,
             key, ends = f"{block}.processor.{projection}_lora", ("down", "up")
             up = up * (alpha / len(down))
         else:
-            key = names.dotted + spelling if names.dotted else "lora_unet_" + spelling.replace(".", "_")
+            key = dotted + spelling if dotted else "lora_unet_" + spelling.replace(".", "_")
             ends = "lora_down", "lora_up"
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
         tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
-    modelspec = dict(sai_model_spec="1.0.0", architecture=f"{names.architecture}/lora", title=Path(path).stem,
-                     implementation="https://github.com/Stability-AI/generative-models")
-    training = dict(network_module="networks.lora", network_dim=len(down), network_alpha=f"{alpha:g}")
-    write(path, tensors, (metadata or {}) | {f"modelspec.{key}": value for key, value in modelspec.items()}
-          | {f"ss_{key}": str(value) for key, value in training.items()})
+    write(path, tensors, (metadata or {}) | {
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{names.architecture}/lora",
+        "modelspec.title": Path(path).stem, "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "ss_network_module": "networks.lora", "ss_network_dim": str(len(down)), "ss_network_alpha": f"{alpha:g}"})
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -36,8 +36,8 @@ ROWS = {  # what it is -> flags; TONE stands for the second teacher's file
     "GAN + video score matching": ["--sdm", "video"],
     "GAN + 2D, K = 1": ["--frames-sdm", "1"],
     "GAN + 2D, K = 9": ["--frames-sdm", "9"],
-    "GAN + 2D, ODE between the steps": ["--rollout", "ode"],
     "GAN + 2D, teacher of another tone": ["--teacher-2d", "TONE"],
+    "GAN + 2D, ODE between the steps": ["--rollout", "ode"],
 }
 TONE = (0.6, -0.25)
 TEACHERS = ((PRESET.teacher_steps, PRESET.teacher_cfg), (4, PRESET.teacher_cfg), (4, None))  # steps, guidance

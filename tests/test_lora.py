@@ -398,8 +398,10 @@ REFUSED = {
     "lora_unet_joint_blocks_0_x_block_attn_qkv.hada_w1_a": "plain LoRA",
     "lora_unet_joint_blocks_0_x_block_attn_qkv.dora_scale": "plain LoRA",
     "base_model.model.transformer_blocks.0.attn.to_q.lora_magnitude_vector": "plain LoRA",
-    "diffusion_model.joint_blocks.0.x_block.attn.qkv.diff": "plain LoRA",
-    "diffusion_model.final_layer.linear.diff_b": "plain LoRA",
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv.diff": "of the shape of",
+    "diffusion_model.final_layer.linear.diff_b": "of the shape of",
+    "diffusion_model.final_layer.linear.w_norm": "plain LoRA",
+    "diffusion_model.joint_blocks.99.x_block.attn.qkv.diff": "this model's modules",
     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "this model's modules",
     "transformer.transformer_blocks.999.attn.to_q.lora_A.weight": "this model's modules",
     "lora_unet_input_blocks_1_1_proj_in.lora_down.weight": "this model's modules",
@@ -417,6 +419,20 @@ def test_refused(key, tmp_path):
         read_lora(write(tmp_path / "lora.safetensors", {key: torch.zeros(2, 2)}), net, MMDIT)
     assert "lora.safetensors" in str(error.value) and "\n" not in str(error.value)
     assert key in str(error.value) or REFUSED[key] == "together" and "context_embedder" in str(error.value)
+
+
+def test_whole_differences_are_added_as_they_are(tmp_path):
+    """Extracted LoRAs hold `.diff` of what has no rank, norms and biases, as ComfyUI adds them."""
+    net = base(EXPECTED[0])
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    norm = "joint_blocks.0.x_block.attn.ln_q"
+    diffs = {"final_layer.linear.bias": ("diffusion_model.final_layer.linear.diff_b", 0.25),
+             "context_embedder.weight": ("diffusion_model.context_embedder.diff", -0.5),
+             f"{norm}.weight": (f"diffusion_model.{norm}.diff", 2.0)}
+    tensors = {key: torch.full_like(before[name], value) for name, (key, value) in diffs.items()}
+    merge_lora(net, read_lora(write(tmp_path / "lora.safetensors", tensors), net, MMDIT), 0.5)
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name] + (0.5 * diffs[name][1] if name in diffs else 0)), name
 
 
 def test_first_few_unknown_keys_are_named(tmp_path):

@@ -305,9 +305,11 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         metadata |= {"dmdx.null_prompt": args.null_prompt} if args.null_prompt else {}
     if G_theta.lora:
         adapter, = G_theta.lora
-        for name, save in ((ADAPTER, lora.save_diffusers),
-                           ("generator_lora_kohya.safetensors", lora.save_kohya)):
-            save(out / name, G_theta.net, family.names, adapter, metadata)
+        saved = G_theta.net, family.names, adapter, metadata
+        lora.save_diffusers(out / ADAPTER, *saved)
+        lora.save_kohya(out / "generator_lora_kohya.safetensors", *saved)
+        if family.names.dotted:
+            lora.save_kohya(out / "generator_lora_comfyui.safetensors", *saved, family.names.dotted)
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
     prefix = DENOISER if family.single_file else ""
