@@ -80,11 +80,15 @@ def test_new_prompts_are_added(cached, tmp_path, capsys):
     folder = tmp_path / "text"
     shutil.copytree(cached[0], folder)
     before = read_manifest(folder, "text")
-    (tmp_path / "more.txt").write_text("a red circle\na yellow cross\na green cross\n")
-    train(*SMALL, "--prompts", tmp_path / "more.txt", "--cache-text", folder, "--out", tmp_path / "run")
-    assert f"{folder}: {before['count']} prompts are encoded, 2 left\n" in capsys.readouterr().out
+    (tmp_path / "more.txt").write_text(f"a red circle\na yellow cross\na green cross {'and ' * 80}\n")
+    cut = "note: 1 of the first 2 prompts are longer than the text encoders' windows and cut\n"
+    flags = [*SMALL, "--prompts", tmp_path / "more.txt", "--cache-text", folder]
+    train(*flags, "--out", tmp_path / "run")
+    assert f"{folder}: {before['count']} prompts are encoded, 2 left\n{cut}" in capsys.readouterr().out
     after = read_manifest(folder, "text")
     assert after["count"] == before["count"] + 2 and after["shards"][:-1] == before["shards"]
+    train(*flags, "--out", tmp_path / "again")
+    assert cut not in capsys.readouterr().out
 
 
 def test_what_is_refused(cached, prompts, tmp_path):

@@ -27,7 +27,7 @@ from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
 from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
-from models.job.sampling import deviations, generate, note_overlong
+from models.job.sampling import deviations, generate
 from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
@@ -74,7 +74,6 @@ class Job:
             known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
             self.text = open_text(args, preset, mesh, device, known)
             self.c_null = self.text.unconditional()
-            note_overlong(self.text, self.prompts or prompts)
             kinds = [kind for kind in args.evaluate_metrics if kind != "shapes" and args.evaluate_every]
             if kinds and is_main():
                 from models.eval.scores import load_scorer

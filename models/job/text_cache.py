@@ -16,6 +16,7 @@ from models.checkpoint import InputError
 from models.job.families import FAMILIES
 from models.job.folder import check_out, hold
 from models.job.networks import DTYPES, load_text, teacher_files
+from models.job.sampling import note_overlong
 from models.parallel import barrier, is_main, print0
 from models.presets import Preset
 from models.progress import bar
@@ -40,9 +41,6 @@ class CachedText:
     def unconditional(self) -> Cond:
         return self.encode([None])
 
-    def overlong(self, prompts: list[str]) -> int:
-        return self.pairs.manifest["cut"]
-
 
 def encode_shard(text: Text, null: Cond, folder: Path, first: int, prompts: list[str | None], dtype: torch.dtype,
                  batches: int) -> dict | None:
@@ -64,7 +62,9 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     not there yet is encoded. The ranks share the work. Raises InputError for a folder of other encoders."""
     folder, precision = args.cache_text, DTYPES[args.precision]
     if folder is None:
-        return load_text(args, preset, mesh, device)
+        text = load_text(args, preset, mesh, device)
+        note_overlong(text, prompts)
+        return text
     context, pooled = FAMILIES[preset.family].condition_shapes(preset)
     same = dict(kind="text", model=args.model, size=[0, 0], latent_shape=context, shapes=dict(pooled=pooled),
                 precision=args.precision, **teacher_files(args, preset))
@@ -85,7 +85,8 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
         return cached
     text = load_text(args, preset, mesh, device)
     print0(f"{folder}: {len(cached.places)} prompts are encoded, {len(left)} left")
-    encode_left(text, folder, manifest, left, precision, len(cached.places), text.overlong(prompts[:200]))
+    note_overlong(text, [prompt for prompt in left if prompt is not None])
+    encode_left(text, folder, manifest, left, precision, len(cached.places))
     del text
     gc.collect()
     if device.type == "cuda":
@@ -93,14 +94,13 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     return CachedText(folder, shards.read_manifest(folder, "text"), device)
 
 
-def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None], dtype: torch.dtype, first: int,
-                cut: int) -> None:
+def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None], dtype: torch.dtype,
+                first: int) -> None:
     """Write the conditions of these prompts as the entries from `first` on."""
     rank, world, null = dist.get_rank(), dist.get_world_size(), text.unconditional()
     if is_main():
         hold(folder)
         shards.sweep_shards(folder, manifest)
-        manifest["cut"] = cut
     barrier()  # nobody writes before that is swept
     parts = [(first + i, left[i:i + SHARD]) for i in range(0, len(left), SHARD)]
     for start in bar(range(0, len(parts), world), disable=not is_main(), unit="shard"):
