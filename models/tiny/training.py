@@ -7,17 +7,19 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
-from models.checkpoint import replacing
+from models.checkpoint import open_tensors, replacing
 from models.data import noise
 from models.diffusion import Denoiser, alpha_sigma, generator_times, q, random_time, solve, target, teacher_times
 from models.eval.metrics import procedural
 from models.job import flags, networks, parsers
+from models.job.notes import parametrisation
 from models.parallel import init_distributed
 from models.pictures import film_strip, save_rows
 from models.presets import PRESETS, Preset
@@ -28,20 +30,25 @@ BATCH = 64  # of a denoiser's training
 
 
 def open_part(name: str, load: Callable, ckpt: Path | None = None) -> nn.Module:
-    """A network of a tiny model's files, of the committed ones or of `ckpt`, on the CPU in float32. `load`:
-    `load_network`, `load_text` or `load_vae` of models/job/networks.py."""
+    """A network of a tiny model's files, of the committed ones or of `ckpt`, a generator's too, on the CPU in
+    float32. `load`: `load_network`, `load_text` or `load_vae` of models/job/networks.py."""
     _, mesh = init_distributed()
     args = parsers.model_parser(__file__, "").parse_args(["--model", name, "--precision", "fp32"])
-    args.ckpt = ckpt
-    preset, cpu = flags.resolve_model(args), torch.device("cpu")
+    args.ckpt, cpu = ckpt, torch.device("cpu")
+    preset = flags.resolve_model(args)._replace(**notes_of(ckpt))
     return load(args, preset, cpu) if load is networks.load_vae else load(args, preset, mesh, cpu)
 
 
+def notes_of(ckpt: Path | None) -> dict[str, str]:
+    """What an exported generator's network predicts and on which schedule; {} of a teacher."""
+    return parametrisation(open_tensors(ckpt).metadata) if ckpt else {}
+
+
 def open_teacher(name: str, ckpt: Path | None = None) -> tuple[Denoiser, nn.Module, nn.Module]:
-    """Denoiser, autoencoder and text encoders of a tiny model's files."""
+    """Denoiser, autoencoder and text encoders of a tiny model's files or of an exported generator's."""
     loads = networks.load_network, networks.load_vae, networks.load_text
     net, vae, text = (open_part(name, load, ckpt) for load in loads)
-    return Denoiser(net, PRESETS[name].predicts, PRESETS[name].schedule), vae, text
+    return replace(Denoiser(net, PRESETS[name].predicts, PRESETS[name].schedule), **notes_of(ckpt)), vae, text
 
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path,
