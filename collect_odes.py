@@ -22,6 +22,7 @@ def parse_args(argv=None):
     add("--count", type=int, help="pairs in all")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
     add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
+    add("--shift", type=float, help="of the ODE's times; default: the preset's")
     add("--out", type=Path, help="default runs/odes-MODEL")
     add("--batch", type=int, help="pairs per forward on one rank; default: twice the preset's micro-batch")
     add("--shard-size", type=int,

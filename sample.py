@@ -151,7 +151,7 @@ def main(args):
     size = [args.frames] * bool(preset.frames) + list(args.size)
     settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
                     ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
-    settings |= {name: str(value) for name in ("shift", "times", "renoise") if (value := getattr(args, name))}
+    settings |= {name: str(value) for name in ("shift", "times", "renoise", "null_prompt") if (value := getattr(args, name))}
     refuse_other_samples(args.out, settings, prompts)
 
     family = FAMILIES[preset.family]

@@ -20,11 +20,35 @@ class Names(NamedTuple):
     prefix: str                 # of the network in a diffusers pipeline
     kohya: Callable             # (module, net) -> its name, dotted, in the files of kohya's sd-scripts
     architecture: str           # in `modelspec.architecture`
+    implementation: str = "Stability-AI/generative-models"  # in `modelspec.implementation`, on GitHub
     dotted: str = ""            # the prefix of the dotted names in ComfyUI's files, where those are a layout of their own
 
 
 def same(module: str, net: nn.Module) -> str:
     return module
+
+
+def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
+    """Every module name a file may use, dotted or with underscores -> (weight name, its shape, the rows)."""
+    table = {}
+    for name, weight in net.named_parameters():
+        if name.endswith(".weight") and weight.ndim >= 2:
+            module, rows = name.removesuffix(".weight"), len(weight)
+            for spelling, cuts in {module: [(0, rows)], **names.to_diffusers(module, rows, net)}.items():
+                table[spelling] = table[spelling.replace(".", "_")] = name, tuple(weight.shape), cuts
+    return table
+
+
+def differences(net: nn.Module) -> dict[tuple[str, str], str]:
+    """(module, dotted or with underscores, and how LoRA files call the whole difference of one of its parameters) ->
+    that parameter's name."""
+    table = {}
+    for name, _ in net.named_parameters():
+        module, _, last = name.rpartition(".")
+        kinds = {"weight": [(module, "diff")], "bias": [(module, "diff_b")], "modulation": [(name, "diff"), (module, "diff_m")]}
+        for spelling, kind in kinds.get(last, [(name, "diff")]):
+            table[spelling, kind] = table[spelling.replace(".", "_"), kind] = name
+    return table
 
 
 # ---- SD3 ---------------------------------------------------------------------------------------------------
@@ -132,7 +156,7 @@ UNET = Names(adaptable=(*ATTENTION, "net.0.proj", "net.2", "proj_in", "proj_out"
 SD15 = UNET._replace(kohya=sd15_kohya, architecture="stable-diffusion-v1")
 COGVIDEOX = Names(adaptable=(*ATTENTION, "net.0.proj", "net.2"), targets=ATTENTION,
                   to_diffusers=lambda module, rows, net: {module: [(0, rows)]}, prefix="transformer.",
-                  kohya=same, architecture="cogvideox")
+                  kohya=same, architecture="cogvideox", implementation="zai-org/CogVideo")
 
 # Original module -> that of diffusers; those of a block inside blocks.<i> of both.
 WAN_MODULES = {"patch_embedding": "patch_embedding", "time_projection.1": "condition_embedder.time_proj",
@@ -152,6 +176,7 @@ def wan_to_diffusers(module: str, rows: int, net: nn.Module) -> dict[str, list[t
 
 WAN = Names(adaptable=("q", "k", "v", "o", "ffn.0", "ffn.2"), targets=("q", "k", "v", "o"),
             to_diffusers=wan_to_diffusers, prefix="transformer.", kohya=same, architecture="wan2.1",
+            implementation="Wan-Video/Wan2.1",
             dotted="diffusion_model.")
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from models.checkpoint import InputError, Tensors, save_safetensors, some
-from models.diffusers_names import Names
+from models.diffusers_names import Names, differences, spellings
 from models.parallel import local_rows
 from models.parse import parse_json, read_object, short
 
@@ -110,26 +110,15 @@ class Piece(NamedTuple):
 
 
 LEFT = {"text-encoder tensors": ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl."), "embeddings": ("bundle_emb.",)}
-PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|unet\.|(model\.)?diffusion_model\.|"
+PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|unet\.|(model\.)?diffusion_model\.|pipe\.dit\.|"
                     r"lora_transformer_|lora_unet__?|lycoris_)?")
 OLD = (  # spellings of diffusers before it used peft, and of MotionLoRA
     (re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$"), r".\1.lora_\2.weight"),
     (re.compile(r"\.lora(_linear_layer)?\.(down|up)\.weight$"), r".lora_\2.weight"),
     (re.compile(r"\.to_out\.lora_"), ".to_out.0.lora_"))
-PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.(alpha|diff|diff_b)")
+PART = re.compile(r"(.+)\.(lora_A|lora_down|lora_B|lora_up)(\.\w+)?\.weight|(.+)\.(alpha|diff|diff_[bm])")
 SLOW = re.compile(r"\)[*+?{]|([*+?{][^*+?{]*){3}")  # a group repeated, or three repetitions in one pattern
 OTHER = re.compile(r"\.(hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|lora_mid|[wb]_norm$)")
-
-
-def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, ...], list[tuple[int, int]]]]:
-    """Every module name a file may use, dotted or with underscores -> (weight name, its shape, the rows)."""
-    table = {}
-    for name, weight in net.named_parameters():
-        if name.endswith(".weight") and weight.ndim >= 2:
-            module, rows = name.removesuffix(".weight"), len(weight)
-            for spelling, cuts in {module: [(0, rows)], **names.to_diffusers(module, rows, net)}.items():
-                table[spelling] = table[spelling.replace(".", "_")] = name, tuple(weight.shape), cuts
-    return table
 
 
 def peft_config(tensors: Tensors) -> dict:
@@ -205,21 +194,23 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
     keys = [key for key in tensors if not any(map(key.startswith, LEFT.values()))]
     if other := [key for key in keys if OTHER.search(key)]:
         refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
-    table, found, unknown, lora = spellings(net, names), {}, [], {}
-    whole, ends = dict(net.named_parameters()), {"diff": ".weight", "diff_b": ".bias"}
+    table, whole, found, unknown, lora = spellings(net, names), differences(net), {}, [], {}
     sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
     for key in keys:
         spelled = key
         for pattern, new in OLD:
             spelled = pattern.sub(new, spelled)
-        match = PART.fullmatch(spelled)
+        match, part = PART.fullmatch(spelled), key.rpartition(".")[2]
         module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
-        name = module + ends[match[5]] if match and match[5] in ends else None  # of a whole difference
-        if name in whole and name not in lora:
-            if tensors.shapes[key] != whole[name].shape or not tensors[key].isfinite().all():
-                refuse(f"expected finite values of the shape of {name}, {(*whole[name].shape,)}", [key])
-            lora[name] = [Piece(0, len(whole[name]), tensors[key].float(), None, 1.0)]
-        elif name or module not in table:
+        module = module if module in table or not module else module.replace(".", "_")  # or dots and underscores
+        # Of original modules: diffusers has no such keys, and its norm3 is Wan's norm2.
+        name = whole.get((module, part)) if module and not key.startswith("transformer.") else None
+        if name and name not in lora:
+            value, shape = tensors[key], net.get_parameter(name).shape
+            if value.shape != shape or not value.is_floating_point() or not value.float().isfinite().all():
+                refuse(f"expected finite values of the shape of {name}, {(*shape,)}", [key])
+            lora[name] = [Piece(0, len(value), value.float(), None, 1.0)]
+        elif name or module not in table or part.startswith("diff"):
             unknown.append(key)
         elif sides[match[2]] in found.setdefault(module, {}):
             refuse("the same weight is given twice", [key])
@@ -341,7 +332,7 @@ def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str, metada
         tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
     write(path, tensors, (metadata or {}) | {
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{names.architecture}/lora",
-        "modelspec.title": Path(path).stem, "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": Path(path).stem, "modelspec.implementation": f"https://github.com/{names.implementation}",
         "ss_network_module": "networks.lora", "ss_network_dim": str(len(down)), "ss_network_alpha": f"{alpha:g}"})
 
 

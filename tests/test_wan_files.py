@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 import adm
 import dmd
 import sample
+from models import wan_vae
 from models.checkpoint import InputError, Tensors, find, open_tensors
 from models.diffusers_names import WAN, wan_from_diffusers, wan_vae_from_diffusers
 from models.job import networks
 from models.job.families import FAMILIES
 from models.job.flags import resolve_model
+from models.lora import merge_lora, read_lora
 from models.parallel import init_distributed
 from models.presets import PRESETS
 from models.wan import Wan, config_from_shapes
@@ -152,8 +154,40 @@ def test_every_layout_is_the_same_network(release, tmp_path):
     save_file(text.umt5.state_dict(), hub / "text_encoder" / "model.safetensors")
     (hub / "scheduler" / "scheduler_config.json").write_text(json.dumps(  # as published
         dict(_class_name="UniPCMultistepScheduler", prediction_type="flow_prediction", flow_shift=3.0)))
+    (hub / "transformer" / "config.json").write_text(json.dumps(dict(num_attention_heads=2, eps=1e-6)))
+    (hub / "vae" / "config.json").write_text(json.dumps(
+        dict(_class_name="AutoencoderKLWan", latents_mean=wan_vae.MEAN, latents_std=wan_vae.STD)))
     for ours, theirs in zip((denoiser, vae, text), loaded("--ckpt", hub)):
         equal(theirs, ours)
+    (hub / "vae" / "config.json").write_text(json.dumps(
+        dict(_class_name="AutoencoderKLWan", latents_mean=[0.0] * 16, latents_std=wan_vae.STD)))
+    with pytest.raises(InputError, match=r"config.json: latents_mean \[0.0, 0.0.*; expected \[-0.7571, "):
+        loaded("--ckpt", hub)
+
+
+def test_other_wan_models_of_the_same_shapes_are_refused(release, tmp_path):
+    """Wan2.2 14B is two denoisers of 2.1's shapes, each for a part of the times; no shape tells the heads."""
+    def refused(words, *parts, file="diffusion_pytorch_model.safetensors", **config):
+        folder = tmp_path.joinpath(str(len(list(tmp_path.iterdir()))), *parts)
+        folder.mkdir(parents=True)
+        shutil.copy(release / "diffusion_pytorch_model.safetensors", folder / file)
+        if config:
+            (folder / "config.json").write_text(json.dumps(config))
+        if parts == ("transformer",):
+            folder.with_name("transformer_2").mkdir()
+        with pytest.raises(InputError, match=f": is .*{words}.*; expected a network"):
+            loaded("--ckpt", folder if parts else folder / file)
+    refused("high_noise", "high_noise_model")
+    refused("low_noise", file="wan2.2_t2v_low_noise_14B_fp16.safetensors")
+    refused("transformer_2/", "transformer")
+    refused("num_heads 4", "shards", num_heads=4)
+    refused("num_attention_heads 4", "hub", num_attention_heads=4)
+    refused("eps 1e-05, model_type vace", "vace", model_type="vace", eps=1e-5)
+    weights = dict(open_tensors(release / "diffusion_pytorch_model.safetensors"))
+    for architecture in ("wan2.2-t2v-a14b", "wan2.1-i2v", "Wan2.1-VACE"):
+        save_file(weights, tmp_path / "said.safetensors", {"modelspec.architecture": architecture})
+        with pytest.raises(InputError, match="another model .modelspec.architecture wan2"):
+            loaded("--ckpt", tmp_path / "said.safetensors")
 
 
 def test_image_to_video_files_are_refused(release, tmp_path):
@@ -203,12 +237,45 @@ def test_adm_trains_an_adapter_and_its_three_files_are_the_same_student(release,
         assert (video.streams.video[0].frames, video.streams.video[0].average_rate) == (5, 16)
 
 
+def test_differences_and_names_of_mixed_style_are_read(tmp_path):
+    """As extracted LoRAs and several trainers write them, one of a kind."""
+    net = Wan(**SIZES)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    diffs = {"diffusion_model.blocks.0.diff_m": "blocks.0.modulation", "diffusion_model.head.modulation.diff": "head.modulation",
+             "lora_unet_blocks_0_norm3.diff": "blocks.0.norm3.weight", "pipe.dit.blocks.1.norm3.diff_b": "blocks.1.norm3.bias",
+             "blocks.2.self_attn.norm_q.diff": "blocks.2.self_attn.norm_q.weight",
+             "lora_unet_blocks_2_self_attn_q.diff_b": "blocks.2.self_attn.q.bias"}
+    tensors = {key: torch.full_like(before[name], 0.5) for key, name in diffs.items()}
+    tensors["lora_unet_blocks_0_norm3.diff"] = tensors["lora_unet_blocks_0_norm3.diff"].to(torch.float8_e4m3fn)
+    mixed = {"lora_unet_blocks_1.self_attn.k.lora_down.weight": torch.full((1, 256), 0.5),
+             "lora_unet_blocks_1.self_attn.k.lora_up.weight": torch.ones(256, 1),
+             "lora_unet_blocks_1.self_attn.k.alpha": torch.tensor(1.0)}
+
+    def read(tensors):
+        save_file(tensors, tmp_path / "lora.safetensors")
+        return read_lora(open_tensors(tmp_path / "lora.safetensors"), net, WAN)
+
+    lora = read(tensors | mixed)
+    merge_lora(net, lora)
+    changed = {*diffs.values(), "blocks.1.self_attn.k.weight"}
+    assert lora.keys() == changed
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.5 * (name in changed), rtol=0, atol=0)
+    for key, value in (("transformer.blocks.0.norm3.diff", torch.zeros(256)),  # diffusers' norm3 is another
+                       ("diffusion_model.blocks.0.norm3.diff", torch.zeros(256, dtype=torch.int32)),
+                       ("diffusion_model.blocks.0.norm3.diff", torch.full((256,), torch.nan)),
+                       ("diffusion_model.blocks.0.norm9.diff", torch.zeros(256))):
+        with pytest.raises(InputError, match=key):
+            read({key: value} | mixed)
+
+
 def test_an_export_of_all_weights_is_the_originals_layout(release, tmp_path):
     out = tmp_path / "run"
     run(dmd, "--model", "wan2.1-1.3b", "--ckpt", release, "--prompts", release / "prompts.txt", "--max-iter", 1,
-        "--evaluate", 0, "--null-prompt", "empty", "--generator-cfg-offset", 2, "--out", out)
+        "--evaluate", 0, "--null-prompt", "empty", "--generator-cfg-offset", 2, "--shift", 3, "--out", out)
     exported = open_tensors(out / "generator.safetensors")
     original = open_tensors(release / "diffusion_pytorch_model.safetensors")
     assert exported.shapes == original.shapes and any(not torch.equal(exported[n], original[n]) for n in exported)
     assert exported.metadata["dmdx.schedule"] == "wan" and exported.metadata["dmdx.null_prompt"] == "empty"
+    assert exported.metadata["dmdx.shift"] == "3.0"
     run(sample, "--ckpt", out, "--prompt", "a fox", "--out", tmp_path / "samples")

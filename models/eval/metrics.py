@@ -21,7 +21,7 @@ from models.pictures import PICTURES, VIDEOS, picture, read_text
 from models.progress import bar
 from models.shards import fingerprint
 
-GENERATOR = ("model", "ckpt", "steps", "cfg", "shift", "times", "renoise")  # what sample.py notes that is one of a folder's samples
+GENERATOR = ("model", "ckpt", "steps", "cfg", "shift", "times", "renoise", "null_prompt")  # what sample.py notes that is one of a folder's samples
 # The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
 PAPER = {
     "sdxl": {

@@ -44,10 +44,15 @@ class Family(NamedTuple):
     flags: tuple[str, ...]              # those of the flags not for every family that it takes
     names: diffusers_names.Names        # which linear layers adapters sit on, and what LoRA files call them
     null_prompts: tuple[str, ...] = ()  # values of --null-prompt, the default first
+    mends: bool = False                 # prompts are mended by ftfy, where that is installed
     frames_per_latent: int = 1          # of a video
     frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
     max_frames: int | None = None
     fps: int = 8
+
+
+def open_part(path: Path) -> Tensors:
+    return hub_tensors(path) if path.is_dir() else open_tensors(path)
 
 
 def source(args, preset: Preset) -> Tensors:
@@ -56,7 +61,7 @@ def source(args, preset: Preset) -> Tensors:
     path = find(preset.file, args.ckpt, preset.repo)
     for folder in (path / name for name in HUB_DENOISERS):
         path = folder if folder.is_dir() else path
-    return hub_tensors(path) if path.is_dir() else open_tensors(path)
+    return open_part(path)
 
 
 def denoiser_file(args, preset: Preset, init: Path | None) -> Tensors:
@@ -201,7 +206,7 @@ def text_and_tokenizers(parts: dict[str, tuple[str, ...]], args, preset: Preset)
     tokenizers = Path(args.tokenizers if given else beside_part(parts, args.ckpt, preset, "tokenizers"))
     if tokenizers.name == "tokenizer":
         tokenizers = tokenizers.parent
-    return hub_tensors(path) if path.is_dir() else open_tensors(path), load_tokenizers(tokenizers, t5=False)
+    return open_part(path), load_tokenizers(tokenizers, t5=False)
 
 
 beside_cogvideox = partial(beside_part, COGVIDEOX_PARTS)
@@ -231,7 +236,7 @@ def check_positions(tensors: Tensors, preset: Preset) -> None:
 
 
 def open_cogvideox_vae(args, preset: Preset) -> Tensors:
-    tensors = open_tensors(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
+    tensors = open_part(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
     check_scale(tensors.path, preset.vae)
     return vae_from_sat(tensors)
 
@@ -256,8 +261,9 @@ def open_wan(args, preset: Preset, init: Path | None) -> Tensors:
 
 
 def open_wan_vae(args, preset: Preset) -> Tensors:
-    path = args.vae_ckpt or beside_part(WAN_PARTS, args.ckpt, preset, "vae_ckpt")
-    return diffusers_names.wan_vae_from_diffusers(open_tensors(path))
+    tensors = open_part(args.vae_ckpt or beside_part(WAN_PARTS, args.ckpt, preset, "vae_ckpt"))
+    check_scale(tensors.path, dict(mean=wan_vae.MEAN, std=wan_vae.STD))
+    return diffusers_names.wan_vae_from_diffusers(tensors)
 
 
 def new_wan_text(args, preset: Preset, device: torch.device) -> tuple[WanText, dict[str, Tensors]]:
@@ -314,5 +320,5 @@ FAMILIES = {
         condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
         sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
         single_file=False, flags=("sequence_parallel",), names=diffusers_names.WAN,
-        null_prompts=("negative", "empty"), frames_per_latent=4, frame_step=4, fps=16),
+        null_prompts=("negative", "empty"), mends=True, frames_per_latent=4, frame_step=4, fps=16),
 }

@@ -80,7 +80,7 @@ def resolve_model(args: argparse.Namespace) -> Preset:
     if any(side % multiple or not multiple <= side <= (largest or side) for side in args.size):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: {args.model} takes multiples of {multiple}"
                          + f" up to {largest}" * (largest is not None))
-    return preset
+    return preset._replace(shift=args.shift or preset.shift) if "shift" in args else preset
 
 
 def check_frames(args: argparse.Namespace, preset: Preset, family: Family) -> None:
@@ -118,11 +118,10 @@ def check_numbers(args: argparse.Namespace) -> None:
 def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     """`resolve_model` and the batch of a training run; `adp` takes the preset's values for the pre-training.
     Raises InputError for what cannot be cut evenly."""
-    preset = PRESETS[args.model]
+    preset = resolve_model(args)
     if adp:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
                                  max_iter=preset.adp_max_iter, lora_rank=0)
-    resolve_model(args)
     # Not motion_ckpt: where it is left out, a generator as --ckpt comes with its own motion modules.
     fill(args, preset, tuple(name for name in Preset._fields if name != "motion_ckpt"))
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch

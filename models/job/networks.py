@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+import models.text
 from models import checkpoint, lora
 from models.checkpoint import InputError, Tensors
 from models.diffusion import Denoiser
@@ -176,6 +177,7 @@ def teacher_files(args, preset: Preset) -> dict:
     found = dict(checkpoint=fingerprint(source(args, preset).path), no_t5=args.no_t5,
                  text_ckpt=fingerprint(args.text_ckpt) if args.text_ckpt else None)
     found |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
+    found |= dict(ftfy=models.text.ftfy is not None) if FAMILIES[preset.family].mends else {}
     return found | (dict(null_prompt=args.null_prompt) if args.null_prompt else {})
 
 
@@ -183,7 +185,7 @@ def check_pairs(args, preset: Preset, pairs: Pairs) -> None:
     """Say how else these ODE pairs were made than the preset has it. Raises InputError for those of another
     teacher or of other conditions than this run's."""
     flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text_ckpt="--text-ckpt", motion="--motion-ckpt",
-                 null_prompt="--null-prompt")
+                 null_prompt="--null-prompt", ftfy="prompts (is ftfy installed?)")
     now = teacher_files(args, preset)
     other = [flag for key, flag in flags.items()
              if key in pairs.manifest and pairs.manifest[key] != now.get(key)]

@@ -3,6 +3,7 @@
 A network trained on another prediction or noise schedule has the same tensors as its base. Only a marker, the
 metadata or a scheduler's settings tell them apart.
 """
+import re
 from pathlib import Path
 
 from models.checkpoint import InputError, Tensors
@@ -17,6 +18,7 @@ ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
                  "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
                  "cogvideox": "cogvideo", "wan": "wan"}
 KNOWN = ("stable-diffusion", "cogvideo", "wan")  # with which the architectures begin that are told apart
+OTHERS = re.compile(r"wan.*(2\.2|i2v|flf|vace|s2v|fun|animate)")  # of Wan's names, those that are not of text-to-video 2.1
 # Schedule -> entries of diffusers' scheduler_config.json.
 DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             trained_betas=None)
@@ -46,7 +48,8 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
     found += other_prediction(notes, preset)
     architecture = notes.get("modelspec.architecture", "").lower()
     known = architecture.startswith(KNOWN) or architecture.endswith("lora")
-    if known and (not architecture.startswith(ARCHITECTURES[preset.family]) or architecture.endswith("/lora")):
+    other = OTHERS.match(architecture) or not architecture.startswith(ARCHITECTURES[preset.family])
+    if known and (other or architecture.endswith("/lora")):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
         table, expected = tensors["alphas_cumprod"], alphas_cumprod("sdxl")
@@ -57,7 +60,7 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
     for key, value in (("dmdx.predicts", preset.predicts), ("dmdx.schedule", preset.schedule)):
         if exported.get(key, value) != value:
             found.append(f"a generator of another parametrisation ({key} {exported[key]})")
-    found += other_scheduler(tensors.path, preset)
+    found += other_scheduler(tensors.path, preset) + other_network(tensors.path, preset)
     if found:
         raise InputError(f"{tensors.path}: is {found[0]}; expected a network that predicts {preset.predicts} "
                          f"on the schedule {preset.schedule}")
@@ -82,7 +85,8 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
     its tensors may fit all the same."""
     architecture = tensors.metadata.get("modelspec.architecture", "").lower()
     found = other_prediction(tensors.metadata, preset)
-    if architecture.startswith(KNOWN) and not architecture.startswith(ARCHITECTURES[preset.family]):
+    other = OTHERS.match(architecture) or not architecture.startswith(ARCHITECTURES[preset.family])
+    if architecture.startswith(KNOWN) and other:
         found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
     if found:
         raise InputError(f"{tensors.path}: an adapter {found[0]}; expected one of a network that predicts "
@@ -107,6 +111,24 @@ def other_scheduler(weights: Path, preset: Preset) -> list[str]:
     return [f"trained otherwise ({path} has {', '.join(wrong)})"] if wrong else []
 
 
+def other_network(weights: Path, preset: Preset) -> list[str]:
+    """What no shape tells but a name or config.json beside these weights: another number of heads, another epsilon,
+    and Wan2.2, whose two denoisers have 2.1's shapes and are each for a part of the times."""
+    path = weights.parent / "config.json"
+    settings = read_object(path, "a network's settings") if path.is_file() else {}
+    heads = preset.config.get("heads")
+    expected = dict(num_heads=heads, num_attention_heads=heads)
+    if preset.family == "wan":
+        expected |= dict(eps=1e-6, model_type="t2v")
+        if found := re.search("(high|low)_noise", f"{weights.parent.name} {weights.name}".lower()):
+            return [f"one of Wan2.2's two denoisers, by its name ({found[0]})"]
+        if weights.parent.name == "transformer" and weights.parent.with_name("transformer_2").exists():
+            return ["one of Wan2.2's two denoisers (transformer_2/ is beside it)"]
+    wrong = [f"{key} {short(settings[key], 40)}" for key, value in expected.items()
+             if settings.get(key) not in (None, value)]
+    return [f"another network ({path} has {', '.join(wrong)})"] if wrong else []
+
+
 def check_scale(weights: Path, vae: dict) -> None:
     """Raises InputError where config.json beside a VAE's weights has another scale or shift of its latents."""
     path = weights.parent / "config.json"
@@ -114,9 +136,10 @@ def check_scale(weights: Path, vae: dict) -> None:
     if "Autoencoder" not in str(settings.get("_class_name")):
         return
     # Where the file says none, diffusers takes that of Stable Diffusion 1, or CogVideoX-2b's.
-    usual = 0.18215 if settings["_class_name"] == "AutoencoderKL" else 1.15258426
-    for key, value, absent in (("scaling_factor", vae["scale"], usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
-                               ("latents_mean", None, None), ("latents_std", None, None)):
+    usual = {"AutoencoderKL": 0.18215, "AutoencoderKLWan": None}.get(settings["_class_name"], 1.15258426)
+    statistics = {key: list(vae[key]) if key in vae else None for key in ("mean", "std")}
+    for key, value, absent in (("scaling_factor", vae.get("scale"), usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
+                               *((f"latents_{key}", value, value) for key, value in statistics.items())):
         found = absent if settings.get(key) is None else settings[key]
         if found != value:
             raise InputError(f"{path}: {key} {short(found, 40)}; expected {value}, with which this model's "

@@ -96,6 +96,7 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     algorithm("--max-iter", type=int, help="generator updates")
     algorithm("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     algorithm("--lr-theta", type=float, help="learning rate of the generator")
+    algorithm("--shift", type=float, help="of the generator's times, and of a flow teacher's")
     algorithm("--lr-decay", type=float, metavar="SHARE", help="of the updates, the last, in which all rates fall to 0")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
