@@ -2,8 +2,9 @@
 
 Runs avdm2.py with each row's flags for each seed and prints a table: the figures of models/eval/moving_shapes.py
 for the 4-step student, mean and standard deviation over the seeds. For Fig. 5 it first trains a second teacher of
-single frames, whose pictures have the tone y = 0.6 x - 0.25, and counts the student's clips in that tone; their
-other figures are taken after undoing it. What is finished is not run again, what was killed goes on.
+single frames, whose pictures have the tone y = 0.6 x - 0.25. Of its student's clips the figures stand as they are
+and after undoing that tone, with the share in it by their backgrounds, and how far their mean has gone from that of
+GAN + 2D towards the tone's. What is finished is not run again, what was killed goes on.
 """
 import json
 import statistics
@@ -29,10 +30,11 @@ from table4 import cells, finish, options  # noqa: E402
 
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
+BASE = "GAN + 2D score matching"
 ROWS = {  # what it is -> flags; TONE stands for the second teacher's file
     "GAN only": ["--sdm", "none"],
     "2D score matching only": ["--lambdas", "1", "0"],
-    "GAN + 2D score matching": [],
+    BASE: [],
     "GAN + video score matching": ["--sdm", "video"],
     "GAN + 2D, K = 1": ["--frames-sdm", "1"],
     "GAN + 2D, K = 9": ["--frames-sdm", "9"],
@@ -72,29 +74,44 @@ def in_tone(clips: Tensor) -> Tensor:
     return torch.cdist(ground, TONE[0] * known + TONE[1]).amin(1) < torch.cdist(ground, known).amin(1)
 
 
+def folder(label: str, seed: int) -> str:
+    return f"{label.replace(' ', '_').replace(',', '')}-{seed}"
+
+
 def distil(args, label: str, seed: int) -> dict:
     """Figures of a row's run of one seed."""
-    out = args.out / f"{label.replace(' ', '_').replace(',', '')}-{seed}"
+    out = args.out / folder(label, seed)
     flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
     finish("avdm2.py", out, *flags, "--seed", seed, *args.flags, model=NAME)
-    return figures(args, out / "generator.safetensors", 4, None, "TONE" in ROWS[label])
+    base = None
+    if "TONE" in ROWS[label]:
+        distil(args, BASE, seed)
+        base = out.with_name(folder(BASE, seed)) / "generator.safetensors"
+    return figures(args, out / "generator.safetensors", 4, base=base)
 
 
-def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, tone: bool = False) -> dict:
-    """Exact figures of the generator in a file, or of the teacher, the same noise and prompts for all."""
-    cached = (ckpt.parent if ckpt else args.out) / f"figures_{steps}_{cfg}_{args.samples}.json"
-    if cached.exists():
-        return json.loads(cached.read_text())
+def sample(args, ckpt: Path | None, steps: int, cfg: float | None = None) -> Tensor:
+    """Clips B T 3 H W in [-1, 1] of the generator in a file, or of the teacher, the same noise and prompts for all."""
     F, vae, text = open_teacher(NAME, ckpt)
     F = replace(F, renoise=bool(ckpt) and open_tensors(ckpt).metadata.get("dmdx.rollout") == "renoise")
     tn = (generator_times if steps < 20 else teacher_times)(steps, PRESET.shift, F.schedule)
     prompts, shape = moving_shapes.evaluation_prompts(args.samples), (PRESET.frames, 4, 8, 8)
-    clips = generate(F, text, vae, prompts, tn, shape, 0, cfg, batch=16) / 127.5 - 1
-    extra = dict(tone=in_tone(clips).double().mean().item()) if tone else {}
-    clips = (clips - TONE[1]) / TONE[0] if tone else clips
-    result = moving_shapes.evaluate(clips, prompts) | extra
-    cached.write_text(json.dumps(result))
-    return result
+    return generate(F, text, vae, prompts, tn, shape, 0, cfg, batch=16) / 127.5 - 1
+
+
+def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, base: Path | None = None) -> dict:
+    """Exact figures of `sample`'s clips; with `base`, a generator without it, what they have of the tone too."""
+    cached = (ckpt.parent if ckpt else args.out) / f"{'tone' if base else 'figures'}_{steps}_{cfg}_{args.samples}.json"
+    if not cached.exists():
+        clips, prompts = sample(args, ckpt, steps, cfg), moving_shapes.evaluation_prompts(args.samples)
+        result = moving_shapes.evaluate(clips, prompts)
+        if base:
+            mean = sample(args, base, steps, cfg).mean()
+            moved = (mean - clips.mean()) / (mean - TONE[0] * mean - TONE[1])
+            result |= dict(undone=moving_shapes.evaluate((clips - TONE[1]) / TONE[0], prompts), moved=moved.item(),
+                           tone=in_tone(clips).double().mean().item())
+        cached.write_text(json.dumps(result))
+    return json.loads(cached.read_text())
 
 
 def line(label: str, rows: list[dict]) -> str:
@@ -120,9 +137,12 @@ def main():
         print(line(f"teacher, {steps} steps" + (f", guidance {cfg:g}" if cfg else ""), [result.result()]))
     for label in labels:
         rows = [runs[label, seed].result() for seed in range(args.seeds)]
-        tone = "TONE" in ROWS[label]
-        shares = f", {100 * statistics.mean(row['tone'] for row in rows):.0f} % in it" if tone else ""
-        print(line(label + shares, rows), flush=True)
+        if "TONE" in ROWS[label]:
+            tone, moved = (100 * statistics.mean(row[key] for row in rows) for key in ("tone", "moved"))
+            label += f": {tone:.0f} % in it, the mean {moved:.0f} % of the way"
+        print(line(label, rows), flush=True)
+        if "undone" in rows[0]:
+            print(line("the same, its tone undone", [row["undone"] for row in rows]), flush=True)
 
 
 if __name__ == "__main__":
