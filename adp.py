@@ -63,6 +63,7 @@ def main(args):
                                                         args.model, networks.latent_shape(args, preset))
     if pairs:
         networks.check_pairs(args, preset, pairs)
+        args.prompts_digest = pairs.digest()
     job = Job(__file__, args, preset, mesh, device, pairs.all_prompts() if pairs and args.cache_text else [])
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 

@@ -164,7 +164,8 @@ def video_bench(args):
     from models.eval import vbench
     short = {}
     if args.vbench_short:
-        long, names = (prompt_sets.prompt_set(path) for path in (args.prompts or "vbench", args.vbench_short))
+        long, names = (prompt_sets.prompt_set(path) for path in ("vbench" if args.prompts is None else args.prompts,
+                                                                      args.vbench_short))
         if len(long) != len(names):
             raise InputError(f"{args.vbench_short}: {len(names)} prompts, and {len(long)} in --prompts; "
                              "expected one for each")
@@ -206,6 +207,8 @@ def exact(args):
                 sample = avg_pool2d(sample.float(), 4).round().byte()
             samples.append(sample)
             prompts.append(item.prompt)
+            if sample.shape != samples[0].shape or sample.shape[-2:] != (shapes.SIZE, shapes.SIZE):
+                break  # before a folder of large ones fills the memory
         sizes = {" x ".join(map(str, sample.shape)) for sample in samples}
         if len(samples) < 2 or len(sizes) > 1 or samples[0].shape[-2:] != (shapes.SIZE, shapes.SIZE):
             raise InputError(f"{folder.path}: {len(samples)} samples of {some(sizes)}; the exact evaluator "
@@ -235,7 +238,7 @@ def main(args):
         raise InputError(f"--device {args.device}: {short(error)}; expected cpu, or cuda where there is one") from error
     if args.vbench_results and len(args.images) > 1:
         raise InputError("--vbench-results are those of one set of videos; expected one folder of --images")
-    prompts = prompt_sets.prompt_set(args.prompts) if args.prompts else None
+    prompts = prompt_sets.prompt_set(args.prompts) if args.prompts is not None else None
     hold(args.out)
     folders, problems, variants = [], [], {}
     elsewhere = args.metrics == ["vbench"] and args.vbench_results  # no need of the videos

@@ -49,12 +49,14 @@ from models.data import check_text
 from models.diffusion import Denoiser, generator_times, on_grid, teacher_times
 from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
-from models.job.families import FAMILIES, source
+from models.job.families import FAMILIES, MOTION, source
 from models.job.folder import check_out, hold
 from models.job.notes import export_notes, parametrisation, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
+from models.parse import short
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
 from models.progress import bar
+from models.shards import fingerprint
 
 
 def from_run_folder(args) -> None:
@@ -95,7 +97,7 @@ def checkpoint_name(args, repo: str) -> str:
     names = [path.absolute().parent.name if path.name.startswith("generator") else path.absolute().name
              for path in (args.ckpt, args.motion_ckpt, args.lora) if path]
     strength = f" x {args.lora_scale:g}" * bool(args.lora and args.lora_scale != 1)
-    return " + ".join(names if args.ckpt else [repo, *names]) + strength
+    return short(" + ".join(names if args.ckpt else [repo, *names])) + strength
 
 
 def sample_note(settings: dict[str, str], prompts: list[str], i: int) -> dict[str, str]:
@@ -147,20 +149,24 @@ def main(args):
         check_text(args.prompt, "--prompt")
         prompts = [args.prompt]
     else:
-        prompts = prompt_set(args.prompts) if args.prompts else list(preset.sample_prompts)
+        prompts = prompt_set(args.prompts) if args.prompts is not None else list(preset.sample_prompts)
     size = [args.frames] * bool(preset.frames) + list(args.size)
     settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
                     ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
-    settings |= {name: str(value) for name in ("shift", "times", "renoise", "null_prompt") if (value := getattr(args, name))}
+    beside = source(args, preset).path
+    files = [path for path in (beside, args.motion_ckpt or beside.with_name(MOTION), args.lora) if path and path.is_file()]
+    settings |= {name: str(value) for name in ("shift", "times", "renoise", "null_prompt", "no_t5", "vae_ckpt", "text_ckpt")
+                 if (value := getattr(args, name))}
+    settings |= dict(precision=args.precision, weights=" ".join(fingerprint(path)[:16] for path in files or [beside]))
+    settings |= {} if args.tokenizers == preset.tokenizers else dict(tokenizers=args.tokenizers)
     refuse_other_samples(args.out, settings, prompts)
 
     family = FAMILIES[preset.family]
     adapter = networks.open_lora(args, preset) if args.lora else {}
     preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")
-    for path in (args.ckpt, args.motion_ckpt, args.lora) if is_main() else ():
-        if path and path.is_file():
-            networks.check_export(path)
+    for path in files if is_main() else ():
+        networks.check_export(path)
     net = networks.load_network(args, preset, mesh, device)
     lora.merge_lora(net, adapter, args.lora_scale)
     # With an adapter the network may predict something else than its base.

@@ -43,14 +43,20 @@ def read_prompts(source: str | Path | list) -> list[str]:
         raise InputError(f"{path}: no such file; expected prompts")
     prompts = []
     for number, text in read(path):
-        text = text.replace("\ufeff", "")  # files joined by cat have it in their middle
-        while text != (text := text.strip().strip(INVISIBLE)):
-            pass
-        check_text(text, f"{path}: line {number}")
+        text = cleaned(text, f"{path}: line {number}")
         prompts += [text] if text else []
     if not prompts:
         raise InputError(f"{path}: no prompt in this file")
     return prompts
+
+
+def cleaned(text: str, place: str) -> str:
+    """Without blanks and invisible characters around it. Raises InputError as `check_text`."""
+    text = text.replace("\ufeff", "")  # files joined by cat have it in their middle
+    while text != (text := text.strip().strip(INVISIBLE)):
+        pass
+    check_text(text, place)
+    return text
 
 
 def check_text(text: str, place: str) -> None:
@@ -161,30 +167,30 @@ def csv_prompts(path: Path) -> Iterator[tuple[int, str]]:
 def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
     # Quotes are part of the text, as in PartiPrompts.tsv's `"G I G G L E" painted in ...`, unless they are
     # around the whole cell and those inside are doubled, as pandas writes them.
-    def unquoted(cell: str) -> str:
-        quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
-        return cell[1:-1].replace('""', '"') if quoted else cell
+    def quoted(cell: str) -> bool:
+        return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
     def rows() -> Iterator[tuple[int, list[str]]]:
-        cells, first, between = [], 1, ""
+        cells, first, parts, quotes, length = [], 1, [], 0, 0  # parts: of a cell, what its quotes hold of tabs and lines
         for number, line in lines_of(path):
             for i, part in enumerate(line.split("\t")):
-                if between or i and opened(cells[-1]):  # inside quotes a tab or a line's end is text
-                    cells[-1] += (between or "\t") + part
-                    between = ""
+                if parts:
+                    parts += ["\t" if i else "\n", part]
                 else:
-                    cells.append(part)
-            if opened(cells[-1]):
-                between = "\n"
-                continue
-            yield first, [unquoted(cell) for cell in cells]
-            cells, first = [], number + 1
-        if cells:
+                    parts, quotes, length = [part], 0, 0
+                quotes, length = quotes + part.count('"') * parts[0].startswith('"'), length + len(part)
+                if quotes % 2 == 0:
+                    cells.append("".join(parts))
+                if quotes % 2 == 0 and len(parts) > 1 and not quoted(cells[-1]) or length > LONGEST:
+                    raise InputError(f"{path}: line {first}: the quotes around a cell that begins {parts[0][:40]!a} are not "
+                                     "closed at its end")
+                parts = [] if quotes % 2 == 0 else parts
+            if not parts:
+                yield first, [cell[1:-1].replace('""', '"') if quoted(cell) else cell for cell in cells]
+                cells, first = [], number + 1
+        if parts:
             raise InputError(f"{path}: line {first}: the quotes around a cell that begins "
-                             f"{cells[-1][:40]!a} are never closed")
-
-    def opened(cell: str) -> bool:
-        return cell.startswith('"') and cell.count('"') % 2 == 1
+                             f"{parts[0][:40]!a} are never closed")
 
     return column(path, rows())
 

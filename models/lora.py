@@ -139,7 +139,7 @@ def peft_config(tensors: Tensors) -> dict:
         return {}
     config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
     kind, dora, begun = (config.get(key) for key in ("peft_type", "use_dora", "init_lora_weights"))
-    if kind not in (None, "LORA") or dora or str(begun).lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if kind not in (None, "LORA") or dora or str(begun).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(f"{place}: peft_type {short(kind, 20)}, use_dora {short(dora, 20)}, init_lora_weights "
                          f"{short(begun, 20)}; expected plain LoRA on the model's unchanged weights")
     try:
@@ -152,7 +152,7 @@ def peft_config(tensors: Tensors) -> dict:
             if SLOW.search(pattern):
                 raise ValueError(f"{short(pattern, 40)}, a pattern that may take forever")
         config["alphas"] = [(re.compile(rf"(.*\.)?({pattern})$"), alpha) for pattern, alpha in patterns.items()]
-    except (TypeError, ValueError, re.error) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise InputError(f"{place}: expected {what}, found one that is none ({short(error)})") from error
     return config
 

@@ -4,11 +4,11 @@ Whatever the user can mend is an InputError of one sentence: which file, what wa
 """
 import json
 import math
-import re
+import pickletools
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,11 +137,47 @@ def span_of(name: str, entry) -> Span:
 # ---- PyTorch files ----------------------------------------------------------------------------------------
 
 def check_stored(path: Path, zipped: bool) -> None:
-    """Raises InputError for a compressed PyTorch file: its pickle may inflate to any size, and its tensors
-    would be mapped as they are."""
-    entries = zipfile.ZipFile(path).infolist() if zipped else ()
-    if any(entry.compress_type and re.search(r"/data(\.pkl$|/)", entry.filename) for entry in entries):
+    """Raises InputError for a compressed PyTorch file: an entry may inflate to any size, and its tensors would be
+    mapped as they are. Raises ValueError for a pickle that `check_nesting` refuses."""
+    if not zipped:  # before PyTorch 1.6: a number, a version, the system, the tensors and their storages' keys
+        with path.open("rb") as file:
+            for _ in range(5):
+                check_nesting(file)
+        return
+    archive = zipfile.ZipFile(path)
+    if any(entry.compress_type for entry in archive.infolist()):
         raise InputError(f"{path}: a compressed archive; expected a file as torch.save writes it")
+    for name in archive.namelist():
+        if name.rpartition("/")[2] == "data.pkl":
+            check_nesting(archive.read(name))
+
+
+def check_nesting(content: bytes | BinaryIO, deepest: int = 64) -> None:
+    """Raises ValueError for a pickle whose tuples stand in one another deeper than in any checkpoint: as the key of a
+    dictionary, one of 45 pairs of itself takes 2^45 steps. Follows the depths alone, and runs nothing."""
+    stack, memo = [], {}
+    for opcode, value, _ in pickletools.genops(content):
+        if opcode.name.endswith(("PUT", "MEMOIZE")):
+            memo[len(memo) if value is None else value] = stack[-1]
+        elif opcode.name.endswith("GET"):
+            stack.append(memo[value])
+        elif opcode.name == "DUP":
+            stack.append(stack[-1])
+        elif opcode.name == "MARK":
+            stack.append(None)
+        else:
+            below = [pickletools.markobject, pickletools.stackslice] if opcode.name == "OBJ" else opcode.stack_before
+            taken = []
+            for kind in reversed(below):
+                if kind is pickletools.stackslice:
+                    while stack[-1] is not None:
+                        taken.append(stack.pop())
+                else:
+                    taken.append(stack.pop() or 0)
+            depth = max(taken, default=0) + ("TUPLE" in opcode.name)
+            if depth > deepest:
+                raise ValueError(f"more than {deepest} tuples in one another")
+            stack += [depth] * len(opcode.stack_after)
 
 
 def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:

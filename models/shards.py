@@ -147,7 +147,7 @@ def resume_shards(folder: Path, kind: str, same: dict, count: int,
         manifest = read_manifest(folder, kind)
     elif any(folder.glob(f"{kind}_*-*.safetensors")):
         raise InputError(f"{folder}: holds shards but no manifest.json; pass another --out")
-    changed = [f"{name} {value} (was {manifest.get(name)})" for name, value in same.items()
+    changed = [f"{name} {short(value, 60)} (was {short(manifest.get(name), 60)})" for name, value in same.items()
                if manifest["shards"] and manifest.get(name) != value]
     if changed:
         raise InputError(f"{folder}: begun with other settings: {', '.join(changed)}; pass another --out "
@@ -208,6 +208,10 @@ class Pairs:
         unfinished = f" of {self.total}, not all collected yet" * (len(self) < self.total)
         return (f"{self.folder}: {self.kind.noun} of {self.manifest['model']} at {height}x{width}, "
                 f"{len(self)}{unfinished}")
+
+    def digest(self) -> str:
+        """Tells whether the folder is still what it was when a run began."""
+        return new_sha256(json.dumps([entry["sha256"] for entry in self.shards]).encode()).hexdigest()[:16]
 
     def all_prompts(self, most: int | None = None) -> list[str | None]:
         """Of every entry, in order, or of the first `most`; the shards' other bytes are not read. Raises InputError

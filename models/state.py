@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checkpoint import InputError
 from models.parallel import barrier, is_main, local_rows
-from models.parse import parse_json
+from models.parse import check_nesting, parse_json
 from models.saving import WriteError
 
 COUNTERS = ("gen_iter", "global_iter", "skipped")  # of progress.json
@@ -146,7 +146,9 @@ def read_plan(file: Path) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
     """Name -> (shape, pieces) of the tensors in a state; one without dimensions becomes a row of one element.
     Raises InputError for a plan that names anything outside of NAMES, and for a damaged one."""
     try:
-        plan, tensors, places = PlanUnpickler(io.BytesIO(file.read_bytes())).load().fields, {}, {}
+        content = file.read_bytes()
+        check_nesting(content)
+        plan, tensors, places = PlanUnpickler(io.BytesIO(content)).load().fields, {}, {}
         for index, place in plan["storage_data"].items():
             places[index.fields["fqn"], counts(index.fields["offset"].args[0])] = place.fields
         for name, entry in plan["state_dict_metadata"].items():

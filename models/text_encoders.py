@@ -230,10 +230,10 @@ def pad_ids(rows: list[list[int]], length: int, value: int) -> Tensor:
 # ---- networks ----------------------------------------------------------------------------------------------
 
 def shapes_of(tensors: Tensors, kind: str, names: list[str]) -> list[tuple]:
-    """Shapes of the tensors `names`, which tell a network's sizes. Raises InputError if one is missing."""
-    missing = [tensors.prefix + name for name in names if name not in tensors]
-    if missing:
-        raise InputError(f"{tensors.path}: expected {kind}, but {missing[0]} is missing")
+    """Shapes of the matrices `names`, which tell a network's sizes. Raises InputError if one is missing or none."""
+    for name in names:
+        if len(shape := tensors.shapes.get(name, ())) != 2 or not all(shape):
+            raise InputError(f"{tensors.path}: expected {kind}, but {tensors.prefix}{name} is {shape or 'missing'}")
     return [tensors.shapes[name] for name in names]
 
 

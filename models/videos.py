@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoint import InputError, some
-from models.data import hashed, prompt_index, uniform
+from models.data import LONGEST, hashed, prompt_index, uniform
 
 ATTEMPTS = 8  # videos tried for one sample
 LONG = 600    # frames from which on seeking is worth it
@@ -152,10 +153,16 @@ def webvid_files(page_dir: str, videoid: str) -> tuple[str, str]:
 def records(path: Path, offset: int = 0) -> Iterator[tuple[int, int, list[str]]]:
     """(line number, byte offset, cells) of each row of a CSV file in UTF-8 from `offset` on, with or without
     byte order mark; blank lines are left out. Raises InputError."""
+    def lines(file: BinaryIO) -> Iterator[str]:
+        for line in iter(lambda: file.readline(LONGEST + 1), b""):
+            if len(line) > LONGEST:
+                raise csv.Error(f"a line of more than {LONGEST} bytes")
+            yield line.decode()
+
     number = 1
     with path.open("rb") as file:
         file.seek(offset or 3 * (file.read(3) == b"\xef\xbb\xbf"))
-        reader = csv.reader(map(bytes.decode, file), strict=True)
+        reader = csv.reader(lines(file), strict=True)
         try:
             offset = file.tell()
             for cells in reader:
@@ -183,8 +190,12 @@ def table_in(folder: Path) -> Path:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The files in a folder and below, relative to it."""
-    for above, _, names in os.walk(folder, followlinks=True):
+    """The files in a folder and below, relative to it. A link to a folder that it stands in is not followed."""
+    for above, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(above)
+        if os.path.islink(above) and any(os.path.realpath(path) == real for path in Path(above).parents):
+            inner.clear()
+            continue
         prefix = "" if above == str(folder) else os.path.relpath(above, folder) + "/"
         yield from (prefix + name for name in names)
 

@@ -289,3 +289,15 @@ def test_truncate_without_a_file_and_with_a_damaged_one(tmp_path):
     with pytest.raises(InputError, match="metrics.jsonl: line 2: expected a record with a number"):
         truncate_jsonl(path, "iteration", 1)
     assert path.read_text() == content
+
+
+def test_a_cell_of_a_tsv_is_quoted_whole_or_not_at_all(tmp_path):
+    """One that only begins with a quote would take the rows after it into itself; and in bounded time."""
+    path = tmp_path / "p.tsv"
+    for text in ('prompt\n"Untitled\nb\nc 5" nail\nd\n', 'prompt\tid\n"Untitled\t1\nb\t2\nc 5" nail\t3\nd\t4\n',
+                 'prompt\n"Untitled\n' + "a line of text\n" * 60000):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"p.tsv: line 2: the quotes around a cell that begins '\"Untitled"):
+            read_prompts(path)
+    path.write_text('prompt\tid\n"a ""b""\tc\nd"\t1\n"G I" painted\t2\n')
+    assert read_prompts(path) == ['a "b"\tc\nd', '"G I" painted']

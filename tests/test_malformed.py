@@ -1,12 +1,18 @@
 """Malformed files at every file flag of every script: one sentence that names the file, exit code 2, at once."""
 import pickle
+import re
 import struct
 import time
+import zipfile
 
 import pytest
 import torch
 from conftest import refusal_of
 from safetensors.torch import save
+
+from models.checkpoint import InputError, open_tensors
+from models.eval.mps import open_module
+from models.state import read_plan
 
 SMALL = ("--max-iter", "1", "--evaluate", "0", "--batch-size", "2")
 PAYLOAD = pickle.dumps(print, 0).replace(b"print", b"eval")  # a name that would be called is never looked up
@@ -94,3 +100,32 @@ def test_prompt_files(tmp_path, script):
 def test_there_are_many():
     count = len(TENSORS) * (len(CONTENTS) + len(PLACES)) + len(MANIFESTS) * len(JSONS)
     assert count + 4 * sum(map(len, PROMPTS.values())) > 250
+
+
+def bomb(depth=45, memo=False):
+    """A pickle of {pairs of pairs ... of (): 0}, which takes 2^depth steps to hash."""
+    pair = b"q\x00h\x00h\x00\x86" if memo else b"2\x86"
+    return b"\x80\x02}" + b")" + pair * depth + b"K\x00s."
+
+
+@pytest.mark.parametrize("memo", [False, True])
+def test_pickles_of_pairs_in_one_another_are_refused_before_they_are_hashed(tmp_path, memo):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", bomb(100, memo))
+        archive.writestr("x/version", "3")
+    (tmp_path / "old.pt").write_bytes(bomb(100, memo))
+    (tmp_path / ".metadata").write_bytes(bomb(100, memo))
+    for read, path in ((open_tensors, tmp_path / "x.pt"), (open_tensors, tmp_path / "old.pt"),
+                       (open_module, tmp_path / "x.pt"), (read_plan, tmp_path / ".metadata")):
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            read(path)
+
+
+def test_any_compressed_entry_of_a_pytorch_file_is_refused(tmp_path):
+    torch.save({"x": torch.zeros(3)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED if name.endswith("byteorder") else zipfile.ZIP_STORED)
+    assert open_tensors(tmp_path / "x.pt")["x"].shape == (3,)
+    with pytest.raises(InputError, match="y.pt: a compressed archive"):
+        open_tensors(tmp_path / "y.pt")

@@ -142,3 +142,28 @@ def test_what_is_not_there(tmp_path, monkeypatch, source, message):
     (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK").getvalue())
     with pytest.raises(InputError, match="x.zip: expected a zip archive"):
         prompt_set("x.zip")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("videoid,page_dir,name\n1,a,A man, talking\n2,b,dogs\n", "line 2 is damaged .1 more fields than the header has"),
+    ('videoid,page_dir,name\n1,a,"A man\n2,b,dogs\n3,c,cats\n', "is damaged .unexpected end of data"),
+    ("videoid,page_dir,name\n1,a,\ufeff\u200b\n", "no prompt in this file")])
+def test_no_caption_of_webvid_is_cut_or_taken_into_another(tmp_path, text, words):
+    path = tmp_path / "val.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        prompt_set(path)
+
+
+@pytest.mark.parametrize("prompt, words", [("blue \ud83d square", "no character of a text"), ("a\0b", "no character"),
+                                           ("", "prompt 2 is blank"), ("\ufeff", "prompt 2 is blank")])
+def test_what_no_text_encoder_takes_is_refused_in_vbench_too(tmp_path, prompt, words):
+    path = tmp_path / "VBench_full_info.json"
+    path.write_text(json.dumps([{"prompt_en": "a fox"}, {"prompt_en": prompt}]))
+    with pytest.raises(InputError, match=words):
+        prompt_set(path)
+
+
+def test_an_empty_variable_is_no_prompt_set():
+    with pytest.raises(InputError, match="perhaps of an empty variable"):
+        prompt_set("")

@@ -10,6 +10,7 @@ import sample
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.diffusion import generator_times, teacher_times
 from models.presets import PRESETS
+from models.shards import fingerprint
 
 ROW = PRESETS["tiny-sd3"]
 DENOISER = "model.diffusion_model."
@@ -60,14 +61,16 @@ def test_a_picture_for_every_prompt_and_a_grid(tmp_path):
     for i, (image, prompt) in enumerate(zip(images, ROW.sample_prompts, strict=True)):
         assert image.size == ROW.size[::-1] and image.mode == "RGB"
         assert image.text == dict(prompt=prompt, seed="0", index=str(i), steps="1", cfg=f"{ROW.teacher_cfg:g}", model="tiny-sd3",
-                                  ckpt="tiny_sd3.safetensors", size="32x32")
+                                  ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32",
+                                  weights=fingerprint(ROW.ckpt)[:16])
 
 
 def test_text_chunks_tell_the_settings(tmp_path):
     prompt = "a ring, \u201cr\u00f3sa\u201d \u7ea2"
     image, = pictures(tmp_path, "--prompt", prompt, "--steps", 2, "--cfg", 1.5, "--seed", 7)
     assert image.text == dict(prompt=prompt, seed="7", index="0", steps="2", cfg="1.5", model="tiny-sd3",
-                              ckpt="tiny_sd3.safetensors", size="32x32")
+                              ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32",
+                              weights=fingerprint(ROW.ckpt)[:16])
 
 
 def test_prompts_from_a_file_repeat_with_other_noise(tmp_path):
@@ -166,7 +169,9 @@ def test_both_lora_files_give_the_pictures_of_the_run(tmp_path, adapter):
     images = pictures(tmp_path / "run", "--ckpt", adapter)
     for name in ("generator_lora.safetensors", "generator_lora_kohya.safetensors"):
         same = pictures(tmp_path / name, "--lora", adapter / name)
-        assert difference(same, images) == 0 and same[0].text == images[0].text
+        assert difference(same, images) == 0
+        weights = " ".join(fingerprint(path)[:16] for path in (ROW.ckpt, adapter / name))
+        assert same[0].text == images[0].text | dict(weights=weights)
     assert difference(pictures(tmp_path / "off", "--lora", adapter / name, "--lora-scale", 0), images) > 1
 
 
@@ -232,8 +237,9 @@ def test_a_folder_with_samples_of_other_settings_is_refused(tmp_path, full):
     """A shorter run would leave the end of a longer one, which evaluate.py could not tell apart."""
     pictures(tmp_path, "--ckpt", full, "--count", 6)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    cases = {f"seed 0 (now 1), steps {N} (now 1), cfg 1 (now {ROW.teacher_cfg:g}), ckpt run (now tiny_sd3.safetensors)":
-             ["--seed", 1, "--steps", 1, "--count", 2],
+    weights = [fingerprint(path)[:16] for path in (full / "generator.safetensors", ROW.ckpt)]
+    cases = {f"seed 0 (now 1), steps {N} (now 1), cfg 1 (now {ROW.teacher_cfg:g}), ckpt run (now tiny_sd3.safetensors), "
+             "weights {} (now {})".format(*weights): ["--seed", 1, "--steps", 1, "--count", 2],
              "seed 0 (now 1)": ["--ckpt", full, "--seed", 1, "--count", 2],
              "size 32x32 (now 16x16)": ["--ckpt", full, "--size", 16, 16],
              f"prompt {ROW.sample_prompts[0]} (now a ring)": ["--ckpt", full, "--prompt", "a ring"]}

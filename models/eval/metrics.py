@@ -21,7 +21,9 @@ from models.pictures import PICTURES, VIDEOS, picture, read_text
 from models.progress import bar
 from models.shards import fingerprint
 
-GENERATOR = ("model", "ckpt", "steps", "cfg", "shift", "times", "renoise", "null_prompt")  # what sample.py notes that is one of a folder's samples
+# What sample.py notes that is one of a folder's samples.
+GENERATOR = ("model", "ckpt", "weights", "precision", "steps", "cfg", "shift", "times", "renoise", "null_prompt", "no_t5",
+             "vae_ckpt", "text_ckpt", "tokenizers")
 # The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
 PAPER = {
     "sdxl": {
@@ -87,6 +89,8 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
     items, noted = [], {}
     for i, path in enumerate(files):
         try:
+            if not path.is_file():
+                raise InputError(f"{path}: a folder or a device; expected a file")
             text = read_text(path)
         except InputError as error:
             broken[str(path)] = str(error)
@@ -164,6 +168,9 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
         try:
             row = parse_json(line)
             score = row.pop("score")
+            if not all(type(value) in (int, float) and abs(value) < 1e300 for value in
+                       (score if isinstance(score, list) else [score])):
+                raise ValueError("no number")
             kept[json.dumps(row, sort_keys=True)] = score
         except (ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{log}: line {number}: expected a record with a score") from error

@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention,
 
 from models.checkpoint import InputError, Tensors, load, tensors_of
 from models.eval.clip import IGNORED, clip_model, frozen
-from models.parse import check_plain, check_stored
+from models.parse import check_plain, check_stored, short
 from models.text_encoders import shapes_of
 
 # The condition of the "overall" preference.
@@ -172,8 +172,10 @@ def open_module(path: str | Path) -> Tensors:
         raise InputError(f"{path}: expected a PyTorch file in zip format, found another or half of one")
     try:
         check_stored(path, True)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: not a pickled module, or damaged ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise InputError(f"{path}: not a pickled module, or damaged ({short(error)})") from error
     try:
         if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             raise InputError("it is a TorchScript program")
@@ -191,11 +193,16 @@ def open_module(path: str | Path) -> Tensors:
                    lambda name, rows: (tensors[name] if rows is None else tensors[name][rows]).clone())
 
 
-def module_tensors(module, prefix: str = "") -> dict[str, Tensor]:
-    parts = vars(module)
-    passing = parts.get("_non_persistent_buffers_set", ())
-    saved = parts["_parameters"] | {name: t for name, t in parts["_buffers"].items() if name not in passing}
-    found = {prefix + name: t.detach() for name, t in saved.items() if t is not None}
-    for name, child in parts["_modules"].items():
-        found |= module_tensors(child, f"{prefix}{name}.") if child is not None else {}
+def module_tensors(root, most: int = 10 ** 5) -> dict[str, Tensor]:
+    """Of at most so many modules: a tree of 38 levels that share their branches has 2^38."""
+    found, left = {}, [("", root)]
+    while left:
+        prefix, module = left.pop()
+        parts, most = vars(module), most - 1
+        if not most:
+            raise ValueError("too many modules")
+        passing = parts.get("_non_persistent_buffers_set", ())
+        saved = parts["_parameters"] | {name: t for name, t in parts["_buffers"].items() if name not in passing}
+        found |= {prefix + name: t.detach() for name, t in saved.items() if t is not None}
+        left += [(f"{prefix}{name}.", child) for name, child in parts["_modules"].items() if child is not None]
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.checkpoint import InputError, why
-from models.data import lines_of, read_prompts
+from models.data import INVISIBLE, check_text, cleaned, lines_of, read_prompts
 from models.parse import parse_json, short
 from models.presets import PROMPT_SETS
 from models.videos import webvid_files
@@ -28,6 +28,8 @@ def prompt_set(source: str | Path) -> list[str]:
     .json, WebVid's .csv, or one of those of `models.data.read_prompts`. Raises InputError."""
     from models.eval import moving_shapes, shapes  # for these two sets alone
     name = str(source)
+    if not name:
+        raise InputError("--prompts of nothing, perhaps of an empty variable; expected a file or the name of a set")
     if name == "shapes":
         return shapes.evaluation_prompts(512)
     if name == "moving-shapes":
@@ -45,9 +47,18 @@ def prompt_set(source: str | Path) -> list[str]:
     if path.suffix in readers:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected prompts")
-        return readers[path.suffix](path)
+        prompts = readers[path.suffix](path)  # unchanged, because samples are named after them
+        for number, prompt in enumerate(prompts, 1):
+            check_text(prompt, f"{path}: prompt {number}")
+            if not prompt.strip().strip(INVISIBLE):
+                raise InputError(f"{path}: prompt {number} is blank; expected text")
+        return prompts
     if path.suffix == ".csv" and path.is_file() and (rows := webvid(path)):
-        return [caption for _, caption in rows]
+        prompts = [prompt for number, (_, caption) in enumerate(rows, 1)
+                   if (prompt := cleaned(caption, f"{path}: record {number}"))]
+        if not prompts:
+            raise InputError(f"{path}: no prompt in this file")
+        return prompts
     return read_prompts(path)
 
 
@@ -138,11 +149,16 @@ def vbench_prompts(path: Path) -> list[str]:
 
 def webvid(path: Path) -> list[tuple[str, str]]:
     """(file in the download, caption) of each row of WebVid's table; empty when the file is another table."""
-    rows = csv.DictReader(line + "\n" for _, line in lines_of(path))
+    rows = csv.DictReader((line + "\n" for _, line in lines_of(path)), restkey="", strict=True)
     try:
         if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
             return []
-        return [(webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()) for row in rows]
+        found = []
+        for row in rows:
+            if "" in row:
+                raise csv.Error(f"{len(row[''])} more fields than the header has")
+            found.append((webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()))
+        return found
     except (csv.Error, TypeError, AttributeError) as error:
         raise InputError(f"{path}: line {rows.line_num} is damaged ({short(error)}); expected a table with "
                          "videoid, page_dir and name") from error

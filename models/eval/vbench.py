@@ -60,9 +60,9 @@ def read_results(paths: list[Path]) -> tuple[dict[str, float], list[str]]:
     for file in files:
         try:
             content = parse_json(file.read_bytes())
-            found = {name.replace("_", " "): (float(value[0]), len(value[1]) if len(value) > 1 else None)
+            found = {name.replace("_", " "): (value[0] + 0.0, len(value[1]) if len(value) > 1 else None)
                      for name, value in content.items()}
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise InputError(f"{file}: expected VBench's results, {{dimension: [average, [videos]]}} "
                              f"({type(error).__name__}: {error})") from error
         for name, (value, count) in found.items():

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import InputError
+from models.data import digest
 from models.eval.metrics import procedural
 from models.job.job import Job
 from models.job.latents import vae_digest
 from models.job.networks import latent_shape
 from models.parallel import print0
 from models.presets import PRESETS, Preset
-from models.shards import Pairs, open_pairs
+from models.shards import Pairs, fingerprint, open_pairs
 from models.text import Cond
 from models.videos import Clips
 
@@ -35,9 +36,13 @@ def open_source(args: argparse.Namespace, preset: Preset) -> Clips | Pairs | lis
                          f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
     if args.latents:
         alike = [name for name, row in PRESETS.items() if (row.family, row.vae) == (preset.family, preset.vae)]
-        return open_pairs(args.latents, args.model, latent_shape(args, preset), "latents", alike)
+        source = open_pairs(args.latents, args.model, latent_shape(args, preset), "latents", alike)
+        args.prompts_digest = source.digest()
+        return source
     if args.videos:
-        return Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
+        source = Clips(args.videos, args.table, tuple(args.size), args.frames, args.stride, args.seed, args.workers)
+        args.prompts_digest = digest([f"{len(source)} rows", fingerprint(source.table)])
+        return source
     return procedural(preset.data).captions()[:-1] if preset.data else []  # the last is the empty one
 
 

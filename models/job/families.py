@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae, wan, wan_vae
-from models.checkpoint import InputError, Tensors, find, open_tensors
+from models.checkpoint import InputError, Tensors, find, open_tensors, some
 from models.diffusers_names import denoiser_of, vae_of
 from models.job.motion import base_tensors, merged, motion_tensors
-from models.job.notes import check_announced, check_scale
+from models.job.notes import check_announced, check_scale, export_notes
+from models.parse import short
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
 from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText, WanText
@@ -62,6 +63,14 @@ def source(args, preset: Preset) -> Tensors:
     for folder in (path / name for name in HUB_DENOISERS):
         path = folder if folder.is_dir() else path
     return open_part(path)
+
+
+def check_teacher(args, preset: Preset) -> None:
+    """Raises InputError where --ckpt is a distilled generator, whose network fits and is no teacher."""
+    tensors = denoiser_file(args, preset, None)
+    if steps := export_notes(tensors).get("dmdx.steps"):
+        raise InputError(f"{tensors.path}: a generator of {steps} step{'s' * (steps != '1')}; expected the teacher, and "
+                         "a generator to go on from in --init")
 
 
 def denoiser_file(args, preset: Preset, init: Path | None) -> Tensors:
@@ -270,6 +279,23 @@ def new_wan_text(args, preset: Preset, device: torch.device) -> tuple[WanText, d
     tensors, tokenizers = text_and_tokenizers(WAN_PARTS, args, preset)
     parts = {"umt5": umt5_tensors(tensors)}
     return WanText(parts, tokenizers, preset.t5_length, args.null_prompt, device), parts
+
+
+def fitting_text(args, preset: Preset, device: torch.device) -> tuple[nn.Module, dict[str, Tensors]]:
+    """The text encoders on meta and their tensors. Raises InputError where they do not fit each other or the
+    denoiser: shapes alone are computed."""
+    family = FAMILIES[preset.family]
+    text, parts = family.new_text(args, preset, device)
+    files = some(dict.fromkeys(str(tensors.path) for tensors in parts.values()))
+    expected, _ = family.condition_shapes(preset)
+    try:
+        found = tuple(text(*(ids.to("meta") for ids in text.tokenize([""]))).context.shape[1:])
+    except RuntimeError as error:
+        raise InputError(f"{files}: text encoders that do not fit each other ({short(error)}); expected those of "
+                         f"{args.model}") from error
+    if found != expected:
+        raise InputError(f"{files}: text encoders whose prompts are {found}; expected {expected}, {args.model}'s")
+    return text, parts
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Which values the flags of the scripts take, the preset's for those left out, and how a script ends."""
 import argparse
 import errno
+import io
 import math
 import os
 import sys
@@ -28,9 +29,9 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-1000, 1000)
 # Flag -> the smallest and the largest value that anybody could mean.
 LIMITS = {
-    "batch": COUNT, "batch_size": COUNT, "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
-    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 8), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK,
-    "frames_sdm": COUNT,
+    "batch": COUNT, "batch_size": (1, 10 ** 6), "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
+    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 6), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK,
+    "frames": (0, 10 ** 4), "frames_sdm": COUNT,
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_decay": SHARE, "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT,
     "micro_batch": COUNT, "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT,
@@ -106,7 +107,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         least, most = LIMITS.get(name, (-math.inf, math.inf))
         words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         given = f"--{name.replace('_', '-')} {' '.join(words)}"
-        if any(not math.isfinite(v) or v > most for v in numbers):
+        if any(v != v or v > min(most, 2 ** 63) or v < -2 ** 63 for v in numbers):
             limit = f", at most {most:g}" * (most < math.inf)
             raise InputError(f"{given}: expected a finite number{limit}")
         if any(v < least for v in numbers):
@@ -166,6 +167,9 @@ def read_training_prompts(args: argparse.Namespace, preset: Preset) -> list[str]
 def entry(script: str, main: Callable, args: argparse.Namespace) -> None:
     """Run the script of file `script`: what the user can mend is one sentence on stderr and exit code 2."""
     code = 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     for name, value in vars(args).items():  # a shell leaves the ~ of --ckpt=~/file as it is
         if isinstance(value, Path) or name in ("prompts", "tokenizers", "resume") and isinstance(value, str):
             setattr(args, name, type(value)(os.path.expanduser(value)))

@@ -137,7 +137,8 @@ def say_what_changed(args: argparse.Namespace, started: Path) -> None:
     before, now = run_settings(started), json.loads(json.dumps(vars(args), default=str))
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
                if name not in ("out", "resume", "max_iter", "prompts_digest") and now.get(name, value) != value]
-    changed += ["prompts"] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+    data = {"adp": "ODE pairs", "avdm2": "clips"}.get(args.script, "prompts")
+    changed += [data] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
     for name, said in (("script", ""), ("model", "--model ")):
         if (was := before.get(name, now[name])) != now[name]:
             raise InputError(f"--resume: {started} holds a run of {said}{was}; this one is of {said}{now[name]}")

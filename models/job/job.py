@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import data
 from models.checkpoint import InputError
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.job.families import FAMILIES
+from models.job.families import FAMILIES, check_teacher
 from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
 from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
@@ -68,6 +68,7 @@ class Job:
             self.c_null = self.random_conditions([0])
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
+            check_teacher(args, preset)
             open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
             self.vae = load_vae(args, preset, device)

@@ -21,7 +21,7 @@ def motion_tensors(tensors: Tensors) -> Tensors:
     places = {name.removeprefix("module."): name for name in tensors if "motion_modules." in name}
     shapes = {name: tensors.shapes[place] for name, place in places.items()}
     tables = {name: shape for name, shape in shapes.items() if name.endswith(PE)}
-    lengths = {shape[-2] for shape in tables.values()}
+    lengths = {shape[1] if len(shape) == 3 else 0 for shape in tables.values()}
     mid = any(name.startswith("mid_block.") for name in shapes)
     levels = {name.split(".")[1] for name in shapes if name.startswith("down_blocks.")}
     first = shapes.get("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight")
@@ -42,8 +42,9 @@ def motion_tensors(tensors: Tensors) -> Tensors:
         found = f"motion modules of {some(sorted(lengths))} positions and not of {MAX_FRAMES}"
     elif len(levels) == 3 and first == (320,):
         found = "motion modules of SDXL"
-    elif any((tensors[places[name]].float() - positions(*shape[-2:])).abs().max() > 1e-2  # bf16: 4e-3
-             for name, shape in tables.items()):
+    elif any(shape[0] != 1 or shape[-1] % 2 for shape in tables.values()) or any(
+            (tensors[places[name]].float() - positions(*shape[-2:])).abs().max() > 1e-2  # bf16: 4e-3
+            for name, shape in tables.items()):
         found = f"a {PE[1:]} that is not the sinusoids"
     if found:
         raise InputError(f"{tensors.path}: {found}; expected a motion file of AnimateDiff v2 or v3, such as "

@@ -95,6 +95,7 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
 
 def other_scheduler(weights: Path, preset: Preset) -> list[str]:
     """What scheduler/ beside the folder of these weights says otherwise than the preset."""
+    weights = weights.absolute()
     path = weights.parent.parent / "scheduler" / "scheduler_config.json"
     if weights.parent.name not in ("unet", "transformer") or not path.is_file():
         return []
@@ -114,6 +115,7 @@ def other_scheduler(weights: Path, preset: Preset) -> list[str]:
 def other_network(weights: Path, preset: Preset) -> list[str]:
     """What no shape tells but a name or config.json beside these weights: another number of heads, another epsilon,
     and Wan2.2, whose two denoisers have 2.1's shapes and are each for a part of the times."""
+    weights = weights.absolute()
     path = weights.parent / "config.json"
     settings = read_object(path, "a network's settings") if path.is_file() else {}
     heads = preset.config.get("heads")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.checkpoint import InputError
 from models.data import noise
 from models.diffusion import Denoiser, solve, teacher_times
 from models.job.log import Log
@@ -43,9 +44,15 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     evaluation a step. The ranks share the work; each `sequence` neighbouring ranks share one sample's tokens,
     each `context` of them the decoding of its frames."""
     decode = partial(vae.decode, group=neighbours(context)) if context > 1 else vae.decode
-    images = torch.cat([to_uint8(decode(part)).cpu()
-                        for x_0 in latents(F, text, prompts, tn, latent_shape, seed, cfg, batch, sequence, first)
-                        for part in x_0.split(decode_batch)])
+    images, finite = [], torch.ones(1, dtype=torch.int)
+    for x_0 in latents(F, text, prompts, tn, latent_shape, seed, cfg, batch, sequence, first):
+        finite *= int(x_0.isfinite().all())
+        images += [to_uint8(decode(part)).cpu() for part in x_0.split(decode_batch)]
+    images = torch.cat(images)
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if not finite:
+        raise InputError("samples that are not finite, of damaged weights, of an adapter or guidance too strong, or of "
+                         "half precision; expected numbers")
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, images)
     return torch.cat(gathered[::sequence])[:len(prompts)]

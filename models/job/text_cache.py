@@ -18,6 +18,7 @@ from models.job.folder import check_out, hold
 from models.job.networks import DTYPES, load_text, teacher_files
 from models.job.sampling import note_overlong
 from models.parallel import barrier, is_main, print0
+from models.parse import short
 from models.presets import Preset
 from models.progress import bar
 from models.text import Cond, Text
@@ -66,14 +67,15 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
         note_overlong(text, prompts)
         return text
     context, pooled = FAMILIES[preset.family].condition_shapes(preset)
-    same = dict(kind="text", model=args.model, size=[0, 0], latent_shape=context, shapes=dict(pooled=pooled),
+    same = dict(kind="text", model=args.model, size=args.size, latent_shape=context, shapes=dict(pooled=pooled),
                 precision=args.precision, **teacher_files(args, preset))
     same = json.loads(json.dumps(same))
     check_out(folder)
     manifest = same | dict(count=0, shards=[])
     if (folder / "manifest.json").exists():
         manifest = shards.read_manifest(folder, "text")
-    changed = [f"{key} {value} (was {manifest.get(key)})" for key, value in same.items() if manifest.get(key) != value]
+    changed = [f"{key} {short(value, 60)} (was {short(manifest.get(key), 60)})" for key, value in same.items()
+               if manifest.get(key) != value]
     if changed:
         raise InputError(f"{folder}: encoded with other settings: {', '.join(changed)}; expected another "
                          "--cache-text or the flags and files that it was made with")
