@@ -1,6 +1,10 @@
 """Files, flags and ends of a run that are wrong in ways no other test has: refused in one sentence, or survived."""
+import argparse
+import contextlib
 import errno
+import io
 import json
+import math
 import os
 import struct
 import subprocess
@@ -18,18 +22,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models import parallel
-from models.checkpoint import InputError, open_tensors
+from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import read_prompts, truncate_jsonl
+from models.diffusion import teacher_times
 from models.eval.fvd import is_script
-from models.eval.metrics import Item, doubts, read_items, weights_of
+from models.eval.metrics import Item, doubts, kept_scores, read_items, weights_of
+from models.eval.vbench import read_results
 from models.job import flags, networks
-from models.job.families import FAMILIES
-from models.job.folder import check_out
-from models.job.notes import check_adapter, check_announced, check_scale, run_settings
-from models.lora import read_lora
+from models.job.families import FAMILIES, open_part
+from models.job.folder import check_out, say_what_changed
+from models.job.motion import motion_tensors
+from models.job.notes import check_adapter, check_announced, check_scale, other_scheduler, run_settings
+from models.lora import peft_config, read_lora
 from models.pictures import read_mp4, read_picture, save_mp4
 from models.presets import PRESETS
 from models.state import check_sums, complete_states
+from models.videos import files_in
 from models.vision import load_vision
 
 TINY = ROOT / "models" / "tiny"
@@ -334,3 +342,129 @@ def test_a_vae_whose_settings_leave_the_scale_out(tmp_path):
 def test_a_table_that_is_no_noise_schedule(tmp_path, table):
     torch.save({"alphas_cumprod": table}, tmp_path / "x.pt")
     assert "another noise schedule" in says(check_announced, open_tensors(tmp_path / "x.pt"), PRESETS["sdxl"])
+
+
+# ---- read as something else --------------------------------------------------------------------------------
+
+def student(path, **metadata):
+    """A copy of the tiny SD3 that says it is a generator of one step, with its checksum."""
+    notes = {"dmdx.model": "tiny-sd3", "dmdx.steps": "1", "dmdx.predicts": "velocity", "dmdx.schedule": "flow"}
+    save_safetensors(path, load_file(PRESETS["tiny-sd3"].ckpt), notes | metadata)
+    return path
+
+
+def test_a_generator_is_no_teacher(tmp_path):
+    said = "generator.safetensors: a generator of 1 step; expected the teacher, and a generator to go on from in --init\n"
+    ckpt = student(tmp_path / "generator.safetensors")
+    for script, more in (("collect_odes.py", ["--model", "tiny-sd3", "--count", 2, "--steps", 1]), ("adm.py", ["--max-iter", 1])):
+        assert refusal_of(script, "--ckpt", ckpt, *more, "--out", tmp_path / "out").endswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bit_of_an_export_in_any_folder(tmp_path):
+    path = student(tmp_path / "generator.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    for ckpt in (path, tmp_path):
+        said = refusal_of("sample.py", "--model", "tiny-sd3", "--ckpt", ckpt, "--out", tmp_path / "out", printed=".*")
+        assert "generator.safetensors: not as it was exported, its CRC-32 is not" in said
+
+
+def test_samples_that_are_not_finite(tmp_path):
+    tensors = load_file(PRESETS["tiny-sd3"].ckpt)
+    name = "model.diffusion_model.final_layer.linear.weight"
+    save_file(tensors | {name: torch.full(tensors[name].shape, 1e38)}, tmp_path / "x.safetensors")
+    said = refusal_of("sample.py", "--ckpt", tmp_path / "x.safetensors", "--steps", 2, "--count", 2,
+                      "--out", tmp_path / "out", printed=".*")
+    assert said.startswith("sample.py: samples that are not finite") and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_text_encoders_that_do_not_fit(tmp_path):
+    t5 = PRESETS["tiny-cogvideox"].ckpt / "text_encoder"
+    wide = {name: torch.cat([w, w], -1) if w.shape[-1] == 128 and "wo" not in name else w
+            for name, w in dict(open_part(t5)).items()}
+    wide = {name: torch.cat([w, w]) if name.endswith(("wo.weight", ".o.weight")) else w for name, w in wide.items()}
+    save_file(wide, tmp_path / "model.safetensors")
+    said = refusal_of("sample.py", "--model", "tiny-cogvideox", "--text-ckpt", tmp_path / "model.safetensors",
+                      "--count", 1, "--out", tmp_path / "out", printed=".*")
+    assert "model.safetensors: text encoders whose prompts are (12, 256); expected (12, 128), tiny-cogvideox's" in said
+    save_file(wide | {"shared.weight": torch.zeros(5)}, tmp_path / "model.safetensors")
+    said = refusal_of("sample.py", "--model", "tiny-cogvideox", "--text-ckpt", tmp_path / "model.safetensors",
+                      "--count", 1, "--out", tmp_path / "out", printed=".*")
+    assert "expected a T5 v1.1 encoder, but shared.weight is (5,)" in said
+
+
+def test_a_pipeline_that_is_entered_from_within(tmp_path, monkeypatch):
+    for folder, settings in (("unet", {}), ("scheduler", dict(_class_name="EulerDiscreteScheduler", prediction_type="v_prediction"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}_config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path / "unet")
+    assert other_scheduler(Path("diffusion_pytorch_model.safetensors"), PRESETS["sdxl"])
+
+
+def test_pairs_that_changed_between_two_launches(tmp_path):
+    args = argparse.Namespace(script="adp", model="tiny-sdxl", init=None, prompts_digest="a", ckpt=None, text_ckpt=None,
+                              tokenizers="", size=[32, 32], no_t5=False)
+    (tmp_path / "config.json").write_text(json.dumps(dict(args=vars(args))))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        say_what_changed(argparse.Namespace(**vars(args) | dict(prompts_digest="b")), tmp_path)
+    assert "ODE pairs" in said.getvalue()
+
+
+# ---- without bound -----------------------------------------------------------------------------------------
+
+def test_numbers_beyond_all_others():
+    for flag, value in (("seed", 10 ** 400), ("seed", -10 ** 400), ("size", [10 ** 400, 32]), ("frames", 8 * 10 ** 18 + 1),
+                        ("batch_size", 10 ** 8), ("cfg", [math.nan, 1.0]), ("dt", math.inf)):
+        assert says(flags.check_numbers, argparse.Namespace(**{flag: value})).startswith(f"--{flag.replace('_', '-')} ")
+
+
+@pytest.mark.parametrize("schedule", ("animatediff", "sdxl", "flow", "wan", "cogvideox-2b"))
+def test_as_many_steps_as_there_are_times(schedule):
+    times = teacher_times(1000, 3.0, schedule)
+    assert len(times) == 1001 and times.max() <= 1 and (times.diff() >= 0).all()
+
+
+def test_links_to_a_folder_above(tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "x.mp4").touch()
+    for name in "ab":
+        (tmp_path / name).symlink_to(".")
+        (tmp_path / "clips" / name).symlink_to("..")
+    (tmp_path / "other").symlink_to("clips")
+    assert sorted(files_in(tmp_path)) == ["clips/x.mp4", "other/x.mp4"]
+
+
+def test_scores_that_are_no_numbers(tmp_path):
+    for score in ('"abc"', "[1, null]", "1" + "0" * 400, "NaN", "true"):
+        (tmp_path / "scores.jsonl").write_text('{"metric": "clip", "score": ' + score + "}\n")
+        assert says(kept_scores, tmp_path / "scores.jsonl").endswith("line 1: expected a record with a score")
+        (tmp_path / "x_eval_results.json").write_text('{"scene": [' + score + ", []]}")
+        if score != "true":
+            assert "x_eval_results.json" in says(read_results, [tmp_path])
+
+
+@pytest.mark.parametrize("config", [dict(lora_alpha=10 ** 400), dict(alpha_pattern={"x{99999999999}": 1}),
+                                    dict(alpha_pattern={"(" * 5000 + ")" * 5000: 1}), dict(init_lora_weights="lora_ga")],
+                         ids=lambda config: next(iter(config)))
+def test_settings_of_an_adapter_that_cannot_be(tmp_path, config):
+    save_file({"context_embedder.lora_A.weight": torch.zeros(1, 2)}, tmp_path / "x.safetensors",
+              {"lora_adapter_metadata": json.dumps(config)})
+    assert "x.safetensors: its lora_adapter_metadata: " in says(peft_config, open_tensors(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("shape", [(), (32,), (1, 32, 7), (2, 32, 8)])
+def test_positions_of_another_shape(tmp_path, shape):
+    unit = "down_blocks.0.motion_modules.0.temporal_transformer"
+    tensors = {f"{unit}.norm.weight": torch.zeros(8), f"{unit}.transformer_blocks.0.attention_blocks.0.pos_encoder.pe": torch.zeros(shape)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert "expected a motion file of AnimateDiff" in says(motion_tensors, open_tensors(tmp_path / "x.safetensors"))
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    path.symlink_to(PRESETS["tiny-sd3"].ckpt)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", "tiny-sd3", "--ckpt", path, "--steps", "1", "--count", "1",
+                           "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and "m\\udcff.safetensors" in done.stdout and (tmp_path / "out" / "000.png").exists()
