@@ -54,8 +54,8 @@ from models.checkpoint import InputError
 from models.diffusion import Denoiser, dmd_loss, generator_times, ode_step, q, random_time, solve, target
 from models.discriminator import VideoDiscriminator
 from models.job import clips, flags, networks
-from models.job.families import check_teacher
 from models.job.job import Job
+from models.job.notes import check_teacher
 from models.parallel import adamw, init_distributed, set_trainable
 
 GAN_TIMES = dict(low=0.0, high=0.5)    # [t_gmin, t_gmax], Sec. 5.1
@@ -78,8 +78,7 @@ def main(args):
     args_2d, preset_2d = networks.frame_model(args, preset)
     if args.sdm == "2d" and not args.random_weights:  # wrong files are refused before any is loaded
         for files in ((args, preset), (args_2d, preset_2d)):
-            check_teacher(*files)
-            networks.open_denoiser(*files)
+            check_teacher(networks.open_denoiser(*files))
     job = Job(__file__, args, preset, mesh, device, clips.captions_of(source, None if args.cache_text else 200))
     real = clips.open_clips(job, source)
     load = partial(networks.load_network, args, preset, mesh, device)

@@ -49,6 +49,7 @@ from models.checkpoint import InputError
 from models.diffusion import Denoiser, solve, teacher_times
 from models.job.folder import check_out, hold
 from models.job.networks import DTYPES
+from models.job.notes import check_teacher
 from models.job.sampling import note_overlong
 from models.parallel import barrier, init_distributed, is_main, print0, share_of_rank
 from models.presets import Preset
@@ -116,6 +117,7 @@ def main(args):
     if args.prompts is None:
         raise InputError(f"--model {args.model} needs --prompts FILE (.txt, .jsonl, .csv or .tsv)")
     prompts = data.read_prompts(args.prompts)
+    check_teacher(networks.open_denoiser(args, preset))
     same = settings(args, preset)
     if is_main() and args.out.exists():  # before the manifest is read: another process may be adding to it
         hold(args.out)

@@ -205,14 +205,13 @@ def exact(args):
                 continue
             if video and sample.shape[2:] == (4 * shapes.SIZE, 4 * shapes.SIZE):  # sample.py enlarges
                 sample = avg_pool2d(sample.float(), 4).round().byte()
+            if sample.shape[-2:] != (shapes.SIZE, shapes.SIZE) or samples and sample.shape != samples[0].shape:
+                raise InputError(f"{item.path}: {' x '.join(map(str, sample.shape))}; the exact evaluator takes the tiny "
+                                 f"models' {shapes.SIZE} x {shapes.SIZE}, all alike")
             samples.append(sample)
             prompts.append(item.prompt)
-            if sample.shape != samples[0].shape or sample.shape[-2:] != (shapes.SIZE, shapes.SIZE):
-                break  # before a folder of large ones fills the memory
-        sizes = {" x ".join(map(str, sample.shape)) for sample in samples}
-        if len(samples) < 2 or len(sizes) > 1 or samples[0].shape[-2:] != (shapes.SIZE, shapes.SIZE):
-            raise InputError(f"{folder.path}: {len(samples)} samples of {some(sizes)}; the exact evaluator "
-                             f"takes the tiny models' {shapes.SIZE} x {shapes.SIZE}, two at least")
+        if len(samples) < 2:
+            raise InputError(f"{folder.path}: {len(samples)} samples; the exact evaluator takes two at least")
         if len(prompts) < 8 * len(set(prompts)):
             folder.notes.append("total variation and Frechet distance need many samples of each prompt: "
                                 f"`python sample.py --prompts {'moving-' * video}shapes`")

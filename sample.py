@@ -100,6 +100,11 @@ def checkpoint_name(args, repo: str) -> str:
     return short(" + ".join(names if args.ckpt else [repo, *names])) + strength
 
 
+def digest_of(path: Path) -> str:
+    """What a sample notes of a file or a folder that it was made with; of a repository its name."""
+    return fingerprint(path)[:16] if path.exists() else short(path)
+
+
 def sample_note(settings: dict[str, str], prompts: list[str], i: int) -> dict[str, str]:
     """What the file of sample i notes."""
     return dict(prompt=prompts[i % len(prompts)], index=str(i)) | settings
@@ -134,7 +139,8 @@ def main(args):
     if args.lora_scale != 1 and not args.lora:
         raise InputError(f"--lora-scale {args.lora_scale:g}: of which adapter is not said; expected --lora FILE too")
     check_out(args.out)
-    base = export_notes(source(args, preset))
+    family, teacher = FAMILIES[preset.family], source(args, preset)
+    base = export_notes(teacher)
     metadata = base | notes
     student = "dmdx.steps" in metadata or args.times is not None or args.shift is not None
     steps = args.steps or int(metadata.get("dmdx.steps", preset.steps if student else preset.teacher_steps))
@@ -153,15 +159,15 @@ def main(args):
     size = [args.frames] * bool(preset.frames) + list(args.size)
     settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
                     ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
-    beside = source(args, preset).path
-    files = [path for path in (beside, args.motion_ckpt or beside.with_name(MOTION), args.lora) if path and path.is_file()]
-    settings |= {name: str(value) for name in ("shift", "times", "renoise", "null_prompt", "no_t5", "vae_ckpt", "text_ckpt")
+    motion = args.motion_ckpt or teacher.path.with_name(MOTION) if "motion_ckpt" in family.flags else None
+    files = [teacher.path, *(path for path in (motion, args.lora) if path and path.is_file())]
+    settings |= dict(precision=f"{args.precision} {args.vae_precision}", weights=" ".join(map(digest_of, files)))
+    settings |= {name: str(value) for name in ("shift", "times", "renoise", "null_prompt", "no_t5")
                  if (value := getattr(args, name))}
-    settings |= dict(precision=args.precision, weights=" ".join(fingerprint(path)[:16] for path in files or [beside]))
-    settings |= {} if args.tokenizers == preset.tokenizers else dict(tokenizers=args.tokenizers)
+    settings |= {name: digest_of(Path(value)) for name in ("vae_ckpt", "text_ckpt", "tokenizers")
+                 if (value := getattr(args, name)) not in (None, preset.tokenizers)}
     refuse_other_samples(args.out, settings, prompts)
 
-    family = FAMILIES[preset.family]
     adapter = networks.open_lora(args, preset) if args.lora else {}
     preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.parse import InputError, check_plain, check_stored, parse_json, read_header, some
+from models.parse import InputError, check_plain, check_stored, parse_json, read_header, short, some
 from models.saving import replacing, save_safetensors
 
 __all__ = ["InputError", "replacing", "save_safetensors", "some"]  # of other files, for those who import them from here
@@ -133,7 +133,7 @@ def open_torch(path: Path) -> Tensors:
             code = f"calls {wants[1]}" if wants else "is a TorchScript program"
             raise InputError(f"{path}: refused, because reading it would run code (it {code}); "
                              "expected a file of tensors only, such as .safetensors") from error
-        raise InputError(f"{path}: not a PyTorch file, or truncated") from error
+        raise InputError(f"{path}: not a PyTorch file, or truncated ({short(error, 80)})") from error
     # Trainers wrap the weights: {"state_dict": {...}, "epoch": 3}, {"module": {...}}.
     sets, top = {}, tensors_of(data)
     if isinstance(data, dict):

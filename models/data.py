@@ -51,7 +51,7 @@ def read_prompts(source: str | Path | list) -> list[str]:
 
 
 def cleaned(text: str, place: str) -> str:
-    """Without blanks and invisible characters around it. Raises InputError as `check_text`."""
+    """The text without blanks and invisible characters around it. Raises InputError as `check_text`."""
     text = text.replace("\ufeff", "")  # files joined by cat have it in their middle
     while text != (text := text.strip().strip(INVISIBLE)):
         pass
@@ -171,7 +171,7 @@ def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
         return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
     def rows() -> Iterator[tuple[int, list[str]]]:
-        cells, first, parts, quotes, length = [], 1, [], 0, 0  # parts: of a cell, what its quotes hold of tabs and lines
+        cells, first, parts, quotes, length = [], 1, [], 0, 0  # parts: of an open cell, between its tabs and line ends
         for number, line in lines_of(path):
             for i, part in enumerate(line.split("\t")):
                 if parts:
@@ -179,12 +179,13 @@ def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
                 else:
                     parts, quotes, length = [part], 0, 0
                 quotes, length = quotes + part.count('"') * parts[0].startswith('"'), length + len(part)
-                if quotes % 2 == 0:
-                    cells.append("".join(parts))
-                if quotes % 2 == 0 and len(parts) > 1 and not quoted(cells[-1]) or length > LONGEST:
+                if quotes % 2 and length <= LONGEST:
+                    continue
+                cells.append("".join(parts))
+                if quotes % 2 or len(parts) > 1 and not quoted(cells[-1]):
                     raise InputError(f"{path}: line {first}: the quotes around a cell that begins {parts[0][:40]!a} are not "
                                      "closed at its end")
-                parts = [] if quotes % 2 == 0 else parts
+                parts = []
             if not parts:
                 yield first, [cell[1:-1].replace('""', '"') if quoted(cell) else cell for cell in cells]
                 cells, first = [], number + 1

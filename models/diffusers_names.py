@@ -40,8 +40,7 @@ def spellings(net: nn.Module, names: Names) -> dict[str, tuple[str, tuple[int, .
 
 
 def differences(net: nn.Module) -> dict[tuple[str, str], str]:
-    """(module, dotted or with underscores, and how LoRA files call the whole difference of one of its parameters) ->
-    that parameter's name."""
+    """(module, kind of difference) as LoRA files spell them, with dots or underscores -> parameter name."""
     table = {}
     for name, _ in net.named_parameters():
         module, _, last = name.rpartition(".")

@@ -116,7 +116,7 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
     1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
     if schedule == "animatediff":
-        index = (torch.arange(steps) * (1000 // steps) + 1).clamp(max=999)
+        index = (torch.arange(steps) * (1000 // steps) + 1).clamp(max=999)  # 1000 of 1000 steps
         return torch.cat([torch.zeros(1), (index + 1) / 1000])
     if schedule in SNR_SHIFT:
         index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()

@@ -109,7 +109,8 @@ class Piece(NamedTuple):
     scale: float
 
 
-LEFT = {"text-encoder tensors": ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl."), "embeddings": ("bundle_emb.",)}
+NOT_APPLIED = {"text-encoder tensors": ("lora_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl."),
+               "embeddings": ("bundle_emb.",)}
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|unet\.|(model\.)?diffusion_model\.|pipe\.dit\.|"
                     r"lora_transformer_|lora_unet__?|lycoris_)?")
 OLD = (  # spellings of diffusers before it used peft, and of MotionLoRA
@@ -179,10 +180,10 @@ def plain_alpha(metadata: dict[str, str]) -> float | None:
 def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[Piece]]:
     """A LoRA file for `net` (which may be on `meta`) -> {weight name: pieces to add}.
 
-    Alpha is that of `.alpha` tensors, of peft's settings, of plain metadata or, as a warning says, the rank. `.diff`
-    and `.diff_b` are whole differences of a module's weight and bias. Text-encoder parts and embeddings are not
-    applied, as warnings say. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete pairs, wrong shapes
-    and values that are not finite.
+    Alpha is that of `.alpha` tensors, of peft's settings, of plain metadata or, as a warning says, the rank. `.diff`,
+    `.diff_b` and `.diff_m` are whole differences of a module's weight, bias and modulation. Text-encoder parts and
+    embeddings are not applied, as warnings say. Raises InputError for LyCORIS, DoRA, other models' keys, incomplete
+    pairs, wrong shapes and values that are not finite.
     """
     def refuse(problem, keys):
         raise InputError(f"{tensors.path}: {problem}: {', '.join(map(short, keys[:3]))}{' ...' if len(keys) > 3 else ''}")
@@ -190,8 +191,8 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
     def warn(sentence):
         warnings.warn(f"{tensors.path}: {sentence}", stacklevel=3)
 
-    aside = {what: [key for key in tensors if key.startswith(starts)] for what, starts in LEFT.items()}
-    keys = [key for key in tensors if not any(map(key.startswith, LEFT.values()))]
+    aside = {what: [key for key in tensors if key.startswith(starts)] for what, starts in NOT_APPLIED.items()}
+    keys = [key for key in tensors if not any(map(key.startswith, NOT_APPLIED.values()))]
     if other := [key for key in keys if OTHER.search(key)]:
         refuse("only plain LoRA is read, not LoHa, LoKr, DoRA and their like", other)
     table, whole, found, unknown, lora = spellings(net, names), differences(net), {}, [], {}
@@ -204,13 +205,16 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
         module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
         module = module if module in table or not module else module.replace(".", "_")  # or dots and underscores
         # Of original modules: diffusers has no such keys, and its norm3 is Wan's norm2.
-        name = whole.get((module, part)) if module and not key.startswith("transformer.") else None
-        if name and name not in lora:
+        name = whole.get((module, part)) if module and not key.startswith(
+            ("transformer.", "lora_transformer_")) else None
+        if name in lora:
+            refuse("the same weight is given twice", [key])
+        elif name:
             value, shape = tensors[key], net.get_parameter(name).shape
             if value.shape != shape or not value.is_floating_point() or not value.float().isfinite().all():
                 refuse(f"expected finite values of the shape of {name}, {(*shape,)}", [key])
             lora[name] = [Piece(0, len(value), value.float(), None, 1.0)]
-        elif name or module not in table or part.startswith("diff"):
+        elif module not in table or part.startswith("diff"):
             unknown.append(key)
         elif sides[match[2]] in found.setdefault(module, {}):
             refuse("the same weight is given twice", [key])

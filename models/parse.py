@@ -142,19 +142,20 @@ def check_stored(path: Path, zipped: bool) -> None:
     if not zipped:  # before PyTorch 1.6: a number, a version, the system, the tensors and their storages' keys
         with path.open("rb") as file:
             for _ in range(5):
-                check_nesting(file)
+                if file.peek(1):  # a pickle alone is refused later, by what it calls
+                    check_nesting(file)
         return
     archive = zipfile.ZipFile(path)
     if any(entry.compress_type for entry in archive.infolist()):
-        raise InputError(f"{path}: a compressed archive; expected a file as torch.save writes it")
-    for name in archive.namelist():
-        if name.rpartition("/")[2] == "data.pkl":
-            check_nesting(archive.read(name))
+        raise InputError(f"{path}: a compressed archive, or a TorchScript program; expected a file as torch.save writes it")
+    for entry in archive.infolist():
+        if entry.filename.lower().endswith("data.pkl"):  # torch finds it in any case of letters
+            check_nesting(archive.read(entry))
 
 
-def check_nesting(content: bytes | BinaryIO, deepest: int = 64) -> None:
-    """Raises ValueError for a pickle whose tuples stand in one another deeper than in any checkpoint: as the key of a
-    dictionary, one of 45 pairs of itself takes 2^45 steps. Follows the depths alone, and runs nothing."""
+def check_nesting(content: bytes | BinaryIO, most: int = 10 ** 4) -> None:
+    """Raises ValueError for a pickle with a tuple that takes more than `most` steps to hash: one of 45 pairs of
+    itself takes 2^45. Counts alone, and builds and runs nothing."""
     stack, memo = [], {}
     for opcode, value, _ in pickletools.genops(content):
         if opcode.name.endswith(("PUT", "MEMOIZE")):
@@ -174,10 +175,10 @@ def check_nesting(content: bytes | BinaryIO, deepest: int = 64) -> None:
                         taken.append(stack.pop())
                 else:
                     taken.append(stack.pop() or 0)
-            depth = max(taken, default=0) + ("TUPLE" in opcode.name)
-            if depth > deepest:
-                raise ValueError(f"more than {deepest} tuples in one another")
-            stack += [depth] * len(opcode.stack_after)
+            steps = 1 + sum(taken) if "TUPLE" in opcode.name else max(taken, default=0)
+            if steps > most:
+                raise ValueError(f"a tuple that holds more than {most} others")
+            stack += [steps] * len(opcode.stack_after)
 
 
 def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:

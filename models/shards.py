@@ -49,10 +49,11 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells checkpoints apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and to hash
-    all of 16 GB at each start would take minutes."""
+    """Tells checkpoints and tokenizers apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and
+    to hash all of 16 GB at each start would take minutes."""
     path = path.parent if path.name.endswith(".index.json") else path
     files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
+    files = files or [file for file in path.rglob("*") if file.is_file()]  # of tokenizers
     digest = new_sha256()
     for file in sorted(files) if path.is_dir() else [path]:
         size = file.stat().st_size

@@ -25,7 +25,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from hashlib import blake2b
 from typing import NamedTuple, Self
 
 import torch
@@ -101,11 +100,6 @@ class Text(nn.Module):
         """The ids of `tokenize` -> context (B L D) and pooled (B P), float32."""
         context, pooled = self(*(rows.to(self.device) for rows in ids))
         return Cond(context.float(), pooled.float())
-
-    def vocabulary_digest(self) -> str:
-        """Tells these tokenizers from others, also from those of another normalisation or other merges."""
-        texts = [tokenizer.backend_tokenizer.to_str() for tokenizer in self.tokenizers or () if tokenizer]
-        return blake2b("".join(texts).encode(), digest_size=8).hexdigest()
 
     def encode(self, prompts: list[str]) -> Cond:
         """Prompts -> context (B L D) and pooled (B P), float32. Raises InputError without tokenizers."""

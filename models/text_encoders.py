@@ -229,11 +229,12 @@ def pad_ids(rows: list[list[int]], length: int, value: int) -> Tensor:
 
 # ---- networks ----------------------------------------------------------------------------------------------
 
-def shapes_of(tensors: Tensors, kind: str, names: list[str]) -> list[tuple]:
-    """Shapes of the matrices `names`, which tell a network's sizes. Raises InputError if one is missing or none."""
-    for name in names:
-        if len(shape := tensors.shapes.get(name, ())) != 2 or not all(shape):
-            raise InputError(f"{tensors.path}: expected {kind}, but {tensors.prefix}{name} is {shape or 'missing'}")
+def shapes_of(tensors: Tensors, kind: str, names: list[str], first: int = 2) -> list[tuple]:
+    """Shapes of the tensors `names`: matrices but for the first, of `first` dimensions. Raises InputError for others."""
+    for i, name in enumerate(names):
+        shape = tensors.shapes.get(name, "missing")
+        if shape == "missing" or len(shape) != (2 if i else first) or not all(shape):
+            raise InputError(f"{tensors.path}: expected {kind}, but {tensors.prefix}{name} is {shape}")
     return [tensors.shapes[name] for name in names]
 
 

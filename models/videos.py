@@ -193,7 +193,7 @@ def files_in(folder: Path) -> Iterator[str]:
     """The files in a folder and below, relative to it. A link to a folder that it stands in is not followed."""
     for above, inner, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(above)
-        if os.path.islink(above) and any(os.path.realpath(path) == real for path in Path(above).parents):
+        if os.path.islink(above) and any(os.path.realpath(path) == real for path in Path(above).absolute().parents):
             inner.clear()
             continue
         prefix = "" if above == str(folder) else os.path.relpath(above, folder) + "/"

@@ -2,14 +2,14 @@
 
 Runs avdm2.py with each row's flags for each seed and prints a table: the figures of models/eval/moving_shapes.py
 for the 4-step student, mean and standard deviation over the seeds. For Fig. 5 it first trains a second teacher of
-single frames, whose pictures have the tone y = 0.6 x - 0.25. Of its student's clips the figures stand as they are
-and after undoing that tone, with the share in it by their backgrounds, and how far their mean has gone from that of
-GAN + 2D towards the tone's. What is finished is not run again, what was killed goes on.
+single frames, whose pictures have the tone y = 0.6 x - 0.25. Its student's clips are scored as they are and with that
+tone undone. Beside them stand the share of clips in the tone, by their backgrounds, and how far their mean has moved
+towards it from GAN + 2D's. What is finished is not run again, what was killed goes on.
 """
 import json
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from models.eval import moving_shapes, shapes  # noqa: E402
 from models.job.networks import load_network, load_text, load_vae  # noqa: E402
 from models.job.sampling import generate  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
+from models.saving import replacing  # noqa: E402
 from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
 from table4 import cells, finish, options  # noqa: E402
 
@@ -78,14 +79,14 @@ def folder(label: str, seed: int) -> str:
     return f"{label.replace(' ', '_').replace(',', '')}-{seed}"
 
 
-def distil(args, label: str, seed: int) -> dict:
-    """Figures of a row's run of one seed."""
+def distil(args, label: str, seed: int, plain: Future | None = None) -> dict:
+    """Figures of a row's run of one seed. plain: the run of BASE, where that is at work too."""
     out = args.out / folder(label, seed)
     flags = [args.out / "tone.safetensors" if flag == "TONE" else flag for flag in ROWS[label]]
     finish("avdm2.py", out, *flags, "--seed", seed, *args.flags, model=NAME)
     base = None
     if "TONE" in ROWS[label]:
-        distil(args, BASE, seed)
+        plain.result() if plain else distil(args, BASE, seed)
         base = out.with_name(folder(BASE, seed)) / "generator.safetensors"
     return figures(args, out / "generator.safetensors", 4, base=base)
 
@@ -110,7 +111,8 @@ def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, base:
             moved = (mean - clips.mean()) / (mean - TONE[0] * mean - TONE[1])
             result |= dict(undone=moving_shapes.evaluate((clips - TONE[1]) / TONE[0], prompts), moved=moved.item(),
                            tone=in_tone(clips).double().mean().item())
-        cached.write_text(json.dumps(result))
+        with replacing(cached) as temporary:
+            temporary.write_text(json.dumps(result))
     return json.loads(cached.read_text())
 
 
@@ -130,7 +132,10 @@ def main():
     torch.set_num_threads(1)  # to each of the pool's, as the runs have
     with ThreadPoolExecutor(args.jobs) as pool:
         teachers = [pool.submit(figures, args, None, steps, cfg) for steps, cfg in TEACHERS]
-        runs = {(label, seed): pool.submit(distil, args, label, seed) for seed in range(args.seeds) for label in labels}
+        runs = {}
+        for seed in range(args.seeds):
+            for label in labels:
+                runs[label, seed] = pool.submit(distil, args, label, seed, runs.get((BASE, seed)))
 
     print(f"\n| row | {' | '.join(FIGURES)} |\n|{'---|' * (1 + len(FIGURES))}")
     for (steps, cfg), result in zip(TEACHERS, teachers):

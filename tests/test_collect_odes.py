@@ -212,7 +212,7 @@ def test_a_smaller_count_takes_nothing_away(copy):
     (["--dtype", "bf16"], "dtype bf16 (was fp32)"),
     (["--shard-size", 16], "shard_size 16 (was 8)"),
     (["--precision", "bf16"], "precision bf16 (was fp32)"), (["--prompts", "{folder}/p.txt"], "prompts "),
-    (["--ckpt", "{folder}/tuned.safetensors"], "checkpoint "), (["--text-ckpt", "{folder}/tuned.safetensors"], "text {"),
+    (["--ckpt", "{folder}/tuned.safetensors"], "checkpoint "), (["--text-ckpt", "{folder}/tuned.safetensors"], "text_ckpt "),
 ], ids=lambda value: "" if isinstance(value, str) else str(value[0]))
 def test_other_settings_are_refused_by_name(copy, tmp_path, flags, name):
     (tmp_path / "p.txt").write_text("a ring\n")

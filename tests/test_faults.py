@@ -29,7 +29,7 @@ from models.eval.fvd import is_script
 from models.eval.metrics import Item, doubts, kept_scores, read_items, weights_of
 from models.eval.vbench import read_results
 from models.job import flags, networks
-from models.job.families import FAMILIES, open_part
+from models.job.families import FAMILIES, open_files
 from models.job.folder import check_out, say_what_changed
 from models.job.motion import motion_tensors
 from models.job.notes import check_adapter, check_announced, check_scale, other_scheduler, run_settings
@@ -354,7 +354,7 @@ def student(path, **metadata):
 
 
 def test_a_generator_is_no_teacher(tmp_path):
-    said = "generator.safetensors: a generator of 1 step; expected the teacher, and a generator to go on from in --init\n"
+    said = "generator.safetensors: a generator of 1 step; expected the teacher (training goes on from a generator with --init)\n"
     ckpt = student(tmp_path / "generator.safetensors")
     for script, more in (("collect_odes.py", ["--model", "tiny-sd3", "--count", 2, "--steps", 1]), ("adm.py", ["--max-iter", 1])):
         assert refusal_of(script, "--ckpt", ckpt, *more, "--out", tmp_path / "out").endswith(said)
@@ -377,13 +377,13 @@ def test_samples_that_are_not_finite(tmp_path):
     save_file(tensors | {name: torch.full(tensors[name].shape, 1e38)}, tmp_path / "x.safetensors")
     said = refusal_of("sample.py", "--ckpt", tmp_path / "x.safetensors", "--steps", 2, "--count", 2,
                       "--out", tmp_path / "out", printed=".*")
-    assert said.startswith("sample.py: samples that are not finite") and not list((tmp_path / "out").glob("*.png"))
+    assert said.startswith("sample.py: samples with values that are not finite; ") and not list((tmp_path / "out").glob("*.png"))
 
 
 def test_text_encoders_that_do_not_fit(tmp_path):
     t5 = PRESETS["tiny-cogvideox"].ckpt / "text_encoder"
     wide = {name: torch.cat([w, w], -1) if w.shape[-1] == 128 and "wo" not in name else w
-            for name, w in dict(open_part(t5)).items()}
+            for name, w in dict(open_files(t5)).items()}
     wide = {name: torch.cat([w, w]) if name.endswith(("wo.weight", ".o.weight")) else w for name, w in wide.items()}
     save_file(wide, tmp_path / "model.safetensors")
     said = refusal_of("sample.py", "--model", "tiny-cogvideox", "--text-ckpt", tmp_path / "model.safetensors",

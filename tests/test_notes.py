@@ -305,7 +305,7 @@ def test_pairs_of_another_teacher_or_other_conditions_are_refused(tmp_path, caps
     run(collect_odes, "--count", 2, "--steps", 1, "--cfg", 3, 3, "--out", pairs)
     flags = [*SMALL, "--pairs", pairs, "--loss", "mse"]
     run(adp, *flags, "--out", tmp_path / "run")
-    assert f"note: {pairs} was made with steps 1 (the preset's: 25), cfg [3.0, 3.0] (the preset's: [1.5, 2.5])\n" in capsys.readouterr().out
+    assert f"note: {pairs} was made with steps 1 (this run's: 25), cfg [3.0, 3.0] (this run's: [1.5, 2.5])\n" in capsys.readouterr().out
     tensors, metadata = contents(SDXL.ckpt)
     tensors[DENOISER + "out.2.bias"] += 1
     save_safetensors(tmp_path / "other.safetensors", tensors, metadata)

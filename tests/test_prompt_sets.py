@@ -165,5 +165,5 @@ def test_what_no_text_encoder_takes_is_refused_in_vbench_too(tmp_path, prompt, w
 
 
 def test_an_empty_variable_is_no_prompt_set():
-    with pytest.raises(InputError, match="perhaps of an empty variable"):
+    with pytest.raises(InputError, match="expected a file or the name of a set"):
         prompt_set("")

@@ -61,7 +61,7 @@ def test_a_picture_for_every_prompt_and_a_grid(tmp_path):
     for i, (image, prompt) in enumerate(zip(images, ROW.sample_prompts, strict=True)):
         assert image.size == ROW.size[::-1] and image.mode == "RGB"
         assert image.text == dict(prompt=prompt, seed="0", index=str(i), steps="1", cfg=f"{ROW.teacher_cfg:g}", model="tiny-sd3",
-                                  ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32",
+                                  ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32 fp32",
                                   weights=fingerprint(ROW.ckpt)[:16])
 
 
@@ -69,7 +69,7 @@ def test_text_chunks_tell_the_settings(tmp_path):
     prompt = "a ring, \u201cr\u00f3sa\u201d \u7ea2"
     image, = pictures(tmp_path, "--prompt", prompt, "--steps", 2, "--cfg", 1.5, "--seed", 7)
     assert image.text == dict(prompt=prompt, seed="7", index="0", steps="2", cfg="1.5", model="tiny-sd3",
-                              ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32",
+                              ckpt="tiny_sd3.safetensors", size="32x32", precision="fp32 fp32",
                               weights=fingerprint(ROW.ckpt)[:16])
 
 

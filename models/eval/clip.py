@@ -72,7 +72,7 @@ def clip_model(tensors: Tensors, activation: str) -> CLIPModel:
              f"{text}.position_embedding", "text_projection", *(
                  f"{part}_model.encoder.layers.0.mlp.fc1" for part in ("vision", "text"))]
     (*_, patch), (places, _), (vocabulary, _), (window, _), projection, *fc1 = shapes_of(
-        tensors, "a CLIP of images and text", [name_in_file(f"{name}.weight") for name in names])
+        tensors, "a CLIP of images and text", [name_in_file(f"{name}.weight") for name in names], first=4)
     beside, sizes = tensors.path.with_name("config.json"), {}
     towers = read_object(beside, "the JSON of a transformers CLIP") if beside.is_file() else {}
     towers = {part: settings for part, settings in towers.items() if isinstance(settings, dict)}

@@ -90,7 +90,7 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
     for i, path in enumerate(files):
         try:
             if not path.is_file():
-                raise InputError(f"{path}: a folder or a device; expected a file")
+                raise InputError(f"{path}: no file; expected a picture or a video")
             text = read_text(path)
         except InputError as error:
             broken[str(path)] = str(error)
@@ -168,7 +168,7 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
         try:
             row = parse_json(line)
             score = row.pop("score")
-            if not all(type(value) in (int, float) and abs(value) < 1e300 for value in
+            if not all(type(value) in (int, float) and abs(value) < 1e300 for value in  # finite, also as a float
                        (score if isinstance(score, list) else [score])):
                 raise ValueError("no number")
             kept[json.dumps(row, sort_keys=True)] = score

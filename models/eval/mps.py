@@ -194,7 +194,8 @@ def open_module(path: str | Path) -> Tensors:
 
 
 def module_tensors(root, most: int = 10 ** 5) -> dict[str, Tensor]:
-    """Of at most so many modules: a tree of 38 levels that share their branches has 2^38."""
+    """Name -> tensor of a module and those in it. Raises ValueError for `most` modules or more: 38 levels that share
+    their branches are 2^38."""
     found, left = {}, [("", root)]
     while left:
         prefix, module = left.pop()

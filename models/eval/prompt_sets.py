@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.checkpoint import InputError, why
-from models.data import INVISIBLE, check_text, cleaned, lines_of, read_prompts
+from models.data import cleaned, lines_of, read_prompts
 from models.parse import parse_json, short
 from models.presets import PROMPT_SETS
 from models.videos import webvid_files
@@ -29,7 +29,7 @@ def prompt_set(source: str | Path) -> list[str]:
     from models.eval import moving_shapes, shapes  # for these two sets alone
     name = str(source)
     if not name:
-        raise InputError("--prompts of nothing, perhaps of an empty variable; expected a file or the name of a set")
+        raise InputError("--prompts '': expected a file or the name of a set")
     if name == "shapes":
         return shapes.evaluation_prompts(512)
     if name == "moving-shapes":
@@ -49,8 +49,7 @@ def prompt_set(source: str | Path) -> list[str]:
             raise InputError(f"{path}: no such file; expected prompts")
         prompts = readers[path.suffix](path)  # unchanged, because samples are named after them
         for number, prompt in enumerate(prompts, 1):
-            check_text(prompt, f"{path}: prompt {number}")
-            if not prompt.strip().strip(INVISIBLE):
+            if not cleaned(prompt, f"{path}: prompt {number}"):
                 raise InputError(f"{path}: prompt {number} is blank; expected text")
         return prompts
     if path.suffix == ".csv" and path.is_file() and (rows := webvid(path)):
@@ -149,14 +148,14 @@ def vbench_prompts(path: Path) -> list[str]:
 
 def webvid(path: Path) -> list[tuple[str, str]]:
     """(file in the download, caption) of each row of WebVid's table; empty when the file is another table."""
-    rows = csv.DictReader((line + "\n" for _, line in lines_of(path)), restkey="", strict=True)
+    rows = csv.DictReader((line + "\n" for _, line in lines_of(path)), strict=True)
     try:
         if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
             return []
         found = []
         for row in rows:
-            if "" in row:
-                raise csv.Error(f"{len(row[''])} more fields than the header has")
+            if None in row:
+                raise csv.Error(f"{len(row[None])} more fields than the header has")
             found.append((webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()))
         return found
     except (csv.Error, TypeError, AttributeError) as error:

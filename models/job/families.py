@@ -18,7 +18,7 @@ from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit
 from models.checkpoint import InputError, Tensors, find, open_tensors, some
 from models.diffusers_names import denoiser_of, vae_of
 from models.job.motion import base_tensors, merged, motion_tensors
-from models.job.notes import check_announced, check_scale, export_notes
+from models.job.notes import check_announced, check_scale
 from models.parse import short
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
@@ -45,6 +45,7 @@ class Family(NamedTuple):
     flags: tuple[str, ...]              # those of the flags not for every family that it takes
     names: diffusers_names.Names        # which linear layers adapters sit on, and what LoRA files call them
     null_prompts: tuple[str, ...] = ()  # values of --null-prompt, the default first
+    sized: bool = False                 # conditions hold the size of the pictures
     mends: bool = False                 # prompts are mended by ftfy, where that is installed
     frames_per_latent: int = 1          # of a video
     frame_step: int = 0                 # a video has frame_step k + 1 frames; 0: the family makes images
@@ -52,7 +53,8 @@ class Family(NamedTuple):
     fps: int = 8
 
 
-def open_part(path: Path) -> Tensors:
+def open_files(path: Path) -> Tensors:
+    """A file, or the weights of a folder in diffusers' layout."""
     return hub_tensors(path) if path.is_dir() else open_tensors(path)
 
 
@@ -62,15 +64,7 @@ def source(args, preset: Preset) -> Tensors:
     path = find(preset.file, args.ckpt, preset.repo)
     for folder in (path / name for name in HUB_DENOISERS):
         path = folder if folder.is_dir() else path
-    return open_part(path)
-
-
-def check_teacher(args, preset: Preset) -> None:
-    """Raises InputError where --ckpt is a distilled generator, whose network fits and is no teacher."""
-    tensors = denoiser_file(args, preset, None)
-    if steps := export_notes(tensors).get("dmdx.steps"):
-        raise InputError(f"{tensors.path}: a generator of {steps} step{'s' * (steps != '1')}; expected the teacher, and "
-                         "a generator to go on from in --init")
+    return open_files(path)
 
 
 def denoiser_file(args, preset: Preset, init: Path | None) -> Tensors:
@@ -215,7 +209,7 @@ def text_and_tokenizers(parts: dict[str, tuple[str, ...]], args, preset: Preset)
     tokenizers = Path(args.tokenizers if given else beside_part(parts, args.ckpt, preset, "tokenizers"))
     if tokenizers.name == "tokenizer":
         tokenizers = tokenizers.parent
-    return open_part(path), load_tokenizers(tokenizers, t5=False)
+    return open_files(path), load_tokenizers(tokenizers, t5=False)
 
 
 beside_cogvideox = partial(beside_part, COGVIDEOX_PARTS)
@@ -245,7 +239,7 @@ def check_positions(tensors: Tensors, preset: Preset) -> None:
 
 
 def open_cogvideox_vae(args, preset: Preset) -> Tensors:
-    tensors = open_part(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
+    tensors = open_files(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
     check_scale(tensors.path, preset.vae)
     return vae_from_sat(tensors)
 
@@ -270,7 +264,7 @@ def open_wan(args, preset: Preset, init: Path | None) -> Tensors:
 
 
 def open_wan_vae(args, preset: Preset) -> Tensors:
-    tensors = open_part(args.vae_ckpt or beside_part(WAN_PARTS, args.ckpt, preset, "vae_ckpt"))
+    tensors = open_files(args.vae_ckpt or beside_part(WAN_PARTS, args.ckpt, preset, "vae_ckpt"))
     check_scale(tensors.path, dict(mean=wan_vae.MEAN, std=wan_vae.STD))
     return diffusers_names.wan_vae_from_diffusers(tensors)
 
@@ -283,7 +277,7 @@ def new_wan_text(args, preset: Preset, device: torch.device) -> tuple[WanText, d
 
 def fitting_text(args, preset: Preset, device: torch.device) -> tuple[nn.Module, dict[str, Tensors]]:
     """The text encoders on meta and their tensors. Raises InputError where they do not fit each other or the
-    denoiser: shapes alone are computed."""
+    denoiser's context: shapes alone are computed. Of pooled vectors only those that no size is added to are known."""
     family = FAMILIES[preset.family]
     text, parts = family.new_text(args, preset, device)
     files = some(dict.fromkeys(str(tensors.path) for tensors in parts.values()))
@@ -324,7 +318,7 @@ FAMILIES = {
         beside=beside_single,
         condition_shapes=lambda preset: ((preset.clip_length, preset.config["context_dim"]),
                                          (preset.config["vector_dim"],)),
-        sides=unet_sides, single_file=True, flags=(), names=diffusers_names.UNET),
+        sides=unet_sides, single_file=True, flags=(), names=diffusers_names.UNET, sized=True),
     "sd15": SD15,
     "animatediff": SD15._replace(
         network=animatediff.AnimateDiff, config_from_shapes=animatediff.config_from_shapes,

@@ -107,8 +107,9 @@ def check_numbers(args: argparse.Namespace) -> None:
         least, most = LIMITS.get(name, (-math.inf, math.inf))
         words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         given = f"--{name.replace('_', '-')} {' '.join(words)}"
-        if any(v != v or v > min(most, 2 ** 63) or v < -2 ** 63 for v in numbers):
-            limit = f", at most {most:g}" * (most < math.inf)
+        most, least = min(most, 2 ** 63 - 1), max(least, -2 ** 63)
+        if any(v != v or v > most for v in numbers):
+            limit = f", at most {most:g}" * (name in LIMITS)
             raise InputError(f"{given}: expected a finite number{limit}")
         if any(v < least for v in numbers):
             raise InputError(f"{given}: expected at least {least:g}")
@@ -123,7 +124,7 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if adp:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
                                  max_iter=preset.adp_max_iter, lora_rank=0)
-    # Not motion_ckpt: where it is left out, a generator as --ckpt comes with its own motion modules.
+    # Not motion_ckpt: `open_animatediff` takes the preset's where none is given.
     fill(args, preset, tuple(name for name in Preset._fields if name != "motion_ckpt"))
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))

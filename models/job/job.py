@@ -22,11 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import data
 from models.checkpoint import InputError
 from models.diffusion import Denoiser, generator_times, teacher_times
-from models.job.families import FAMILIES, check_teacher
+from models.job.families import FAMILIES
 from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
 from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
+from models.job.notes import check_teacher
 from models.job.sampling import deviations, generate
 from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
@@ -68,8 +69,7 @@ class Job:
             self.c_null = self.random_conditions([0])
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
-            check_teacher(args, preset)
-            open_denoiser(args, preset)  # a wrong file is refused before the text encoders' long download
+            check_teacher(open_denoiser(args, preset))  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
             self.vae = load_vae(args, preset, device)
             known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
@@ -247,9 +247,14 @@ class Job:
     # ---- pictures, export, closing comparison
 
     def sample(self, F: Denoiser, prompts: list[str], tn: Tensor, cfg: float | None = None) -> Tensor:
-        return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, self.args.seed, cfg,
-                        2 * self.args.micro_batch, self.preset.decode_batch, self.args.sequence_parallel,
-                        self.args.context_parallel)
+        """Images as `generate`'s; black ones, and a note, where that refuses them: no sample ends a run."""
+        args = self.args
+        try:
+            return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, args.seed, cfg, 2 * args.micro_batch,
+                            self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
+        except InputError as error:
+            print0(f"note: {error}; the run goes on")
+            return torch.zeros(len(prompts), *[args.frames] * bool(self.preset.frames), 3, *args.size, dtype=torch.uint8)
 
     def look(self, G_theta: Denoiser, tn: Tensor) -> None:
         """samples/XXXXXXXX.png or .mp4 of the generator every --sample-every updates, and a line of figures

@@ -16,7 +16,7 @@ from models import checkpoint, lora
 from models.checkpoint import InputError, Tensors
 from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator, shrink_count
-from models.job.families import DENOISER, FAMILIES, MOTION, VAE, check_teacher, fitting_text, source
+from models.job.families import DENOISER, FAMILIES, MOTION, VAE, fitting_text, source
 from models.job.motion import split_motion
 from models.job.notes import check_adapter, export_notes, parametrisation
 from models.parallel import (
@@ -174,20 +174,23 @@ def open_lora(args, preset: Preset) -> dict[str, list[lora.Piece]]:
 
 
 def teacher_files(args, preset: Preset) -> dict:
-    """What tells the teacher and the conditions of ODE pairs apart from others."""
-    check_teacher(args, preset)
-    ckpt, (text, parts) = source(args, preset).path, FAMILIES[preset.family].new_text(args, preset, torch.device("cpu"))
-    found = dict(checkpoint=fingerprint(ckpt), no_t5=args.no_t5, tokenizers=text.vocabulary_digest(),
-                 text={name: fingerprint(tensors.path) for name, tensors in parts.items() if tensors.path != ckpt})
+    """What tells the teacher and the conditions of ODE pairs apart from others: of files that the hub gives, nothing.
+    Raises InputError for files that cannot be read."""
+    family = FAMILIES[preset.family]
+    found = dict(checkpoint=fingerprint(source(args, preset).path), no_t5=args.no_t5)
+    for flag, usual in (("text_ckpt", None), ("tokenizers", preset.tokenizers)):
+        given = getattr(args, flag)
+        path = given if given != usual else args.ckpt and family.beside(args.ckpt, preset, flag)
+        found[flag] = fingerprint(Path(path)) if path and Path(path).exists() else path
     found |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
-    found |= dict(ftfy=models.text.ftfy is not None) if FAMILIES[preset.family].mends else {}
+    found |= dict(ftfy=models.text.ftfy is not None) if family.mends else {}
     return found | (dict(null_prompt=args.null_prompt) if args.null_prompt else {})
 
 
 def check_pairs(args, preset: Preset, pairs: Pairs) -> None:
     """Say how else these ODE pairs were made than the preset has it. Raises InputError for those of another
     teacher or of other conditions than this run's."""
-    flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text="--text-ckpt", tokenizers="--tokenizers", motion="--motion-ckpt",
+    flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text_ckpt="--text-ckpt", tokenizers="--tokenizers", motion="--motion-ckpt",
                  null_prompt="--null-prompt", ftfy="prompts (is ftfy installed?)")
     now = teacher_files(args, preset)
     other = [flag for key, flag in flags.items()
@@ -196,7 +199,7 @@ def check_pairs(args, preset: Preset, pairs: Pairs) -> None:
         raise InputError(f"{pairs.folder}: these pairs were made with other {', '.join(other)}; expected the "
                          "flags and files of this run, or the pairs' flags here")
     usual = dict(schedule=preset.schedule, shift=preset.shift, steps=preset.teacher_steps, cfg=list(preset.cfg))
-    unusual = [f"{key} {short(pairs.manifest[key], 60)} (the preset's: {value})" for key, value in usual.items()
+    unusual = [f"{key} {short(pairs.manifest[key], 60)} (this run's: {value})" for key, value in usual.items()
                if key in pairs.manifest and pairs.manifest[key] != value]
     if unusual:
         print0(f"note: {pairs.folder} was made with {', '.join(unusual)}")

@@ -18,7 +18,7 @@ ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
                  "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
                  "cogvideox": "cogvideo", "wan": "wan"}
 KNOWN = ("stable-diffusion", "cogvideo", "wan")  # with which the architectures begin that are told apart
-OTHERS = re.compile(r"wan.*(2\.2|i2v|flf|vace|s2v|fun|animate)")  # of Wan's names, those that are not of text-to-video 2.1
+OTHERS = re.compile(r"wan.*(2[._]2|i2v|flf|vace|s2v|fun|animate)")  # of Wan's names, those that are not of text-to-video 2.1
 # Schedule -> entries of diffusers' scheduler_config.json.
 DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             trained_betas=None)
@@ -47,9 +47,7 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
         found.append(f"trained on an EDM schedule (it has a tensor {short(edm[0])})")
     found += other_prediction(notes, preset)
     architecture = notes.get("modelspec.architecture", "").lower()
-    known = architecture.startswith(KNOWN) or architecture.endswith("lora")
-    other = OTHERS.match(architecture) or not architecture.startswith(ARCHITECTURES[preset.family])
-    if known and (other or architecture.endswith("/lora")):
+    if other_architecture(architecture, preset) or architecture.endswith("/lora"):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
         table, expected = tensors["alphas_cumprod"], alphas_cumprod("sdxl")
@@ -64,6 +62,18 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
     if found:
         raise InputError(f"{tensors.path}: is {found[0]}; expected a network that predicts {preset.predicts} "
                          f"on the schedule {preset.schedule}")
+
+
+def check_teacher(tensors: Tensors) -> None:
+    """Raises InputError for a distilled generator: its network is a teacher's, and it is none."""
+    if steps := export_notes(tensors).get("dmdx.steps"):
+        raise InputError(f"{tensors.path}: a generator of {steps} step{'s' * (steps != '1')}; expected the teacher "
+                         "(training goes on from a generator with --init)")
+
+
+def other_architecture(architecture: str, preset: Preset) -> bool:
+    return architecture.startswith(KNOWN) and bool(
+        OTHERS.match(architecture) or not architecture.startswith(ARCHITECTURES[preset.family]))
 
 
 def other_prediction(notes: dict[str, str], preset: Preset) -> list[str]:
@@ -85,8 +95,7 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
     its tensors may fit all the same."""
     architecture = tensors.metadata.get("modelspec.architecture", "").lower()
     found = other_prediction(tensors.metadata, preset)
-    other = OTHERS.match(architecture) or not architecture.startswith(ARCHITECTURES[preset.family])
-    if architecture.startswith(KNOWN) and other:
+    if other_architecture(architecture, preset):
         found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
     if found:
         raise InputError(f"{tensors.path}: an adapter {found[0]}; expected one of a network that predicts "
@@ -113,16 +122,17 @@ def other_scheduler(weights: Path, preset: Preset) -> list[str]:
 
 
 def other_network(weights: Path, preset: Preset) -> list[str]:
-    """What no shape tells but a name or config.json beside these weights: another number of heads, another epsilon,
-    and Wan2.2, whose two denoisers have 2.1's shapes and are each for a part of the times."""
+    """What no shape tells: other heads or another epsilon, by config.json beside these weights, and Wan2.2. Its two
+    denoisers have 2.1's shapes, each for a part of the times."""
     weights = weights.absolute()
     path = weights.parent / "config.json"
     settings = read_object(path, "a network's settings") if path.is_file() else {}
+    settings = {} if "architectures" in settings else settings  # transformers', of a text encoder
     heads = preset.config.get("heads")
     expected = dict(num_heads=heads, num_attention_heads=heads)
     if preset.family == "wan":
         expected |= dict(eps=1e-6, model_type="t2v")
-        if found := re.search("(high|low)_noise", f"{weights.parent.name} {weights.name}".lower()):
+        if found := re.search(r"(high|low)_noise|wan2[._]2", f"{weights.parent.name} {weights.name}".lower()):
             return [f"one of Wan2.2's two denoisers, by its name ({found[0]})"]
         if weights.parent.name == "transformer" and weights.parent.with_name("transformer_2").exists():
             return ["one of Wan2.2's two denoisers (transformer_2/ is beside it)"]
@@ -144,7 +154,7 @@ def check_scale(weights: Path, vae: dict) -> None:
                                *((f"latents_{key}", value, value) for key, value in statistics.items())):
         found = absent if settings.get(key) is None else settings[key]
         if found != value:
-            raise InputError(f"{path}: {key} {short(found, 40)}; expected {value}, with which this model's "
+            raise InputError(f"{path}: {key} {short(found, 40)}; expected {short(value, 40)}, with which this model's "
                              "denoiser was trained")
 
 

@@ -42,17 +42,20 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
 
     tn: ascending times of the steps, along the ODE or as F.renoise says; cfg: guidance scale, None for one
     evaluation a step. The ranks share the work; each `sequence` neighbouring ranks share one sample's tokens,
-    each `context` of them the decoding of its frames."""
+    each `context` of them the decoding of its frames. Raises InputError, on every rank, for samples that
+    are not finite."""
     decode = partial(vae.decode, group=neighbours(context)) if context > 1 else vae.decode
     images, finite = [], torch.ones(1, dtype=torch.int)
     for x_0 in latents(F, text, prompts, tn, latent_shape, seed, cfg, batch, sequence, first):
-        finite *= int(x_0.isfinite().all())
-        images += [to_uint8(decode(part)).cpu() for part in x_0.split(decode_batch)]
+        for part in x_0.split(decode_batch):
+            image = decode(part)
+            finite *= int(image.isfinite().all())
+            images.append(to_uint8(image).cpu())
     images = torch.cat(images)
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
-        raise InputError("samples that are not finite, of damaged weights, of an adapter or guidance too strong, or of "
-                         "half precision; expected numbers")
+        raise InputError("samples with values that are not finite; expected undamaged weights, weaker --cfg or "
+                         "--lora-scale, or --precision fp32")
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, images)
     return torch.cat(gathered[::sequence])[:len(prompts)]

@@ -67,7 +67,8 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
         note_overlong(text, prompts)
         return text
     context, pooled = FAMILIES[preset.family].condition_shapes(preset)
-    same = dict(kind="text", model=args.model, size=args.size, latent_shape=context, shapes=dict(pooled=pooled),
+    size = args.size if FAMILIES[preset.family].sized else [0, 0]
+    same = dict(kind="text", model=args.model, size=size, latent_shape=context, shapes=dict(pooled=pooled),
                 precision=args.precision, **teacher_files(args, preset))
     same = json.loads(json.dumps(same))
     check_out(folder)

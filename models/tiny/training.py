@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +47,8 @@ def open_teacher(name: str, ckpt: Path | None = None) -> tuple[Denoiser, nn.Modu
     """Denoiser, autoencoder and text encoders of a tiny model's files or of an exported generator's."""
     loads = networks.load_network, networks.load_vae, networks.load_text
     net, vae, text = (open_part(name, load, ckpt) for load in loads)
-    return replace(Denoiser(net, PRESETS[name].predicts, PRESETS[name].schedule), **notes_of(ckpt)), vae, text
+    preset = PRESETS[name]._replace(**notes_of(ckpt))
+    return Denoiser(net, preset.predicts, preset.schedule), vae, text
 
 
 def train(name: str, net: nn.Module, loss_at: Callable, steps: int, lr: float, out: Path,
