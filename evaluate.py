@@ -196,8 +196,8 @@ def exact(args):
 
     def measure(folder: Folder) -> dict[str, float]:
         video = any(item.path.suffix.lower() in VIDEOS for item in folder.items)
-        samples, prompts = [], []
-        for item in bar(folder.of(VIDEOS if video else PICTURES), label="shapes", unit="item"):
+        samples, prompts, items = [], [], folder.of(VIDEOS if video else PICTURES)
+        for item in bar(items, label="shapes", unit="item"):
             try:
                 sample = read_mp4(item.path) if video else rgb(read_picture(item.path))
             except InputError as error:
@@ -206,8 +206,9 @@ def exact(args):
             if video and sample.shape[2:] == (4 * shapes.SIZE, 4 * shapes.SIZE):  # sample.py enlarges
                 sample = avg_pool2d(sample.float(), 4).round().byte()
             if sample.shape[-2:] != (shapes.SIZE, shapes.SIZE) or samples and sample.shape != samples[0].shape:
-                raise InputError(f"{item.path}: {' x '.join(map(str, sample.shape))}; the exact evaluator takes the tiny "
-                                 f"models' {shapes.SIZE} x {shapes.SIZE}, all alike")
+                sizes = {" x ".join(map(str, x.shape)) for x in (*samples[:1], sample)}
+                raise InputError(f"{folder.path}: {len(items)} samples of {some(sorted(sizes))}; the exact evaluator takes "
+                                 f"the tiny models' {shapes.SIZE} x {shapes.SIZE}, all alike")
             samples.append(sample)
             prompts.append(item.prompt)
         if len(samples) < 2:
