@@ -178,7 +178,7 @@ def test_other_wan_models_of_the_same_shapes_are_refused(release, tmp_path):
         with pytest.raises(InputError, match=f": is .*{words}.*; expected a network"):
             loaded("--ckpt", folder if parts else folder / file)
     refused("high_noise", "high_noise_model")
-    refused("low_noise", file="wan2.2_t2v_low_noise_14B_fp16.safetensors")
+    refused("wan2.2", file="wan2.2_t2v_low_noise_14B_fp16.safetensors")
     refused("transformer_2/", "transformer")
     refused("num_heads 4", "shards", num_heads=4)
     refused("num_attention_heads 4", "hub", num_attention_heads=4)

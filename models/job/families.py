@@ -19,7 +19,6 @@ from models.checkpoint import InputError, Tensors, find, open_tensors, some
 from models.diffusers_names import denoiser_of, vae_of
 from models.job.motion import base_tensors, merged, motion_tensors
 from models.job.notes import check_announced, check_scale
-from models.parse import short
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
 from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText, WanText
@@ -277,18 +276,19 @@ def new_wan_text(args, preset: Preset, device: torch.device) -> tuple[WanText, d
 
 def fitting_text(args, preset: Preset, device: torch.device) -> tuple[nn.Module, dict[str, Tensors]]:
     """The text encoders on meta and their tensors. Raises InputError where they do not fit each other or the
-    denoiser's context: shapes alone are computed. Of pooled vectors only those that no size is added to are known."""
+    denoiser: CLIPs of other windows, another width of the context."""
     family = FAMILIES[preset.family]
     text, parts = family.new_text(args, preset, device)
+    configs = [net.config for net in text.children()]
+    windows = sorted({config.max_position_embeddings for config in configs if hasattr(config, "max_position_embeddings")})
+    widths = [config.d_model for config in configs if hasattr(config, "d_model")]  # T5's, beside which CLIP's are padded
+    width = widths[0] if widths else sum(config.hidden_size for config in configs)
+    (_, expected), _ = family.condition_shapes(preset)
     files = some(dict.fromkeys(str(tensors.path) for tensors in parts.values()))
-    expected, _ = family.condition_shapes(preset)
-    try:
-        found = tuple(text(*(ids.to("meta") for ids in text.tokenize([""]))).context.shape[1:])
-    except RuntimeError as error:
-        raise InputError(f"{files}: text encoders that do not fit each other ({short(error)}); expected those of "
-                         f"{args.model}") from error
-    if found != expected:
-        raise InputError(f"{files}: text encoders whose prompts are {found}; expected {expected}, {args.model}'s")
+    if windows not in ([], [preset.clip_length]):
+        raise InputError(f"{files}: CLIP of {some(windows)} tokens; expected {preset.clip_length}, {args.model}'s")
+    if width != expected and (widths or not preset.t5_length):  # SD3 without T5 pads them too
+        raise InputError(f"{files}: text encoders {width} wide; expected {expected}, {args.model}'s")
     return text, parts
 
 
