@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -80,19 +81,25 @@ def choose(label: str, trials: dict[tuple, Future]) -> tuple[float, int]:
     return best
 
 
+def kept(path: Path, compute: Callable[[], dict]) -> dict:
+    """What is in a JSON file, or is computed and put there."""
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(compute()))
+    return json.loads(path.read_text())
+
+
 def figures(ckpt: Path, samples: int, steps: int = 1, cfg: float | None = None, model: str = NAME, few: int = 1,
             out: Path | None = None) -> dict:
     """Exact figures of the denoiser in a file, the same noise and prompts for all, kept in `out`, by default the
     file's folder. `few`: a generator's steps."""
-    kept = (out or ckpt.parent) / f"figures_{steps}_{cfg}_{samples}.json"
-    if not kept.exists():
+    def compute() -> dict:
         preset = PRESETS[model]
         F, vae, text = open_teacher(model, ckpt)
         tn = (generator_times if steps == few else teacher_times)(steps, preset.shift, F.schedule)
         prompts, table = shapes.evaluation_prompts(samples), encode_captions(preset, text)
-        with replacing(kept) as temporary:
-            temporary.write_text(json.dumps(shapes.evaluate(generate(preset, F, vae, table, prompts, tn, cfg), prompts)))
-    return json.loads(kept.read_text())
+        return shapes.evaluate(generate(preset, F, vae, table, prompts, tn, cfg), prompts)
+    return kept((out or ckpt.parent) / f"figures_{steps}_{cfg}_{samples}.json", compute)
 
 
 def seconds(out: Path) -> float:

@@ -6,7 +6,6 @@ single frames, whose pictures have the tone y = 0.6 x - 0.25. Its student's clip
 tone undone. Beside them stand the share of clips in the tone, by their backgrounds, and how far their mean has moved
 towards it from GAN + 2D's. What is finished is not run again, what was killed goes on.
 """
-import json
 import statistics
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,8 @@ from models.eval import moving_shapes, shapes  # noqa: E402
 from models.job.networks import load_network, load_text, load_vae  # noqa: E402
 from models.job.sampling import generate  # noqa: E402
 from models.presets import PRESETS  # noqa: E402
-from models.saving import replacing  # noqa: E402
 from models.tiny.training import denoiser_loss, encode_captions, open_part, open_teacher, train  # noqa: E402
-from table4 import cells, finish, options  # noqa: E402
+from table4 import cells, finish, kept, options  # noqa: E402
 
 NAME = "tiny-animatediff"
 PRESET, FRAMES = PRESETS[NAME], PRESETS["tiny-sd15"]
@@ -102,8 +100,7 @@ def sample(args, ckpt: Path | None, steps: int, cfg: float | None = None) -> Ten
 
 def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, base: Path | None = None) -> dict:
     """Exact figures of `sample`'s clips; with `base`, a generator without it, what they have of the tone too."""
-    cached = (ckpt.parent if ckpt else args.out) / f"{'tone' if base else 'figures'}_{steps}_{cfg}_{args.samples}.json"
-    if not cached.exists():
+    def compute() -> dict:
         clips, prompts = sample(args, ckpt, steps, cfg), moving_shapes.evaluation_prompts(args.samples)
         result = moving_shapes.evaluate(clips, prompts)
         if base:
@@ -111,9 +108,9 @@ def figures(args, ckpt: Path | None, steps: int, cfg: float | None = None, base:
             moved = (mean - clips.mean()) / (mean - TONE[0] * mean - TONE[1])
             result |= dict(undone=moving_shapes.evaluate((clips - TONE[1]) / TONE[0], prompts), moved=moved.item(),
                            tone=in_tone(clips).double().mean().item())
-        with replacing(cached) as temporary:
-            temporary.write_text(json.dumps(result))
-    return json.loads(cached.read_text())
+        return result
+    name = f"{'tone' if base else 'figures'}_{steps}_{cfg}_{args.samples}.json"
+    return kept((ckpt.parent if ckpt else args.out) / name, compute)
 
 
 def line(label: str, rows: list[dict]) -> str:

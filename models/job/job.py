@@ -28,7 +28,7 @@ from models.job.folder import check_unused, hold, noted, open_folder, resume, ru
 from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
 from models.job.log import Log, health
 from models.job.notes import check_teacher
-from models.job.sampling import deviations, generate
+from models.job.sampling import NotFinite, deviations, generate
 from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
@@ -252,7 +252,7 @@ class Job:
         try:
             return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, args.seed, cfg, 2 * args.micro_batch,
                             self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
-        except InputError as error:
+        except NotFinite as error:
             print0(f"note: {error}; the run goes on")
             return torch.zeros(len(prompts), *[args.frames] * bool(self.preset.frames), 3, *args.size, dtype=torch.uint8)
 

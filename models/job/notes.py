@@ -47,7 +47,8 @@ def check_announced(tensors: Tensors, preset: Preset) -> None:
         found.append(f"trained on an EDM schedule (it has a tensor {short(edm[0])})")
     found += other_prediction(notes, preset)
     architecture = notes.get("modelspec.architecture", "").lower()
-    if other_architecture(architecture, preset) or architecture.endswith("/lora"):
+    foreign = architecture.endswith("lora") and not architecture.startswith(ARCHITECTURES[preset.family])
+    if foreign or other_architecture(architecture, preset) or architecture.endswith("/lora"):
         found.append(f"another model (modelspec.architecture {short(architecture, 60)})")
     if "alphas_cumprod" in tensors and preset.schedule == "sdxl":
         table, expected = tensors["alphas_cumprod"], alphas_cumprod("sdxl")

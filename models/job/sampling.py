@@ -16,6 +16,10 @@ from models.pictures import to_uint8
 from models.presets import Preset
 
 
+class NotFinite(InputError):
+    """Samples with values that are not finite, as every rank learns at once."""
+
+
 @torch.no_grad()
 def latents(F: Denoiser, text, prompts: list[str], tn: Tensor, latent_shape: tuple[int, ...], seed: int,
             cfg: float | None = None, batch: int = 8, sequence: int = 1, first: int = 0) -> Iterator[Tensor]:
@@ -42,8 +46,7 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
 
     tn: ascending times of the steps, along the ODE or as F.renoise says; cfg: guidance scale, None for one
     evaluation a step. The ranks share the work; each `sequence` neighbouring ranks share one sample's tokens,
-    each `context` of them the decoding of its frames. Raises InputError, on every rank, for samples that
-    are not finite."""
+    each `context` of them the decoding of its frames. Raises NotFinite, on every rank."""
     decode = partial(vae.decode, group=neighbours(context)) if context > 1 else vae.decode
     images, finite = [], torch.ones(1, dtype=torch.int)
     for x_0 in latents(F, text, prompts, tn, latent_shape, seed, cfg, batch, sequence, first):
@@ -54,7 +57,7 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     images = torch.cat(images)
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
-        raise InputError("samples with values that are not finite; expected undamaged weights, weaker --cfg or "
+        raise NotFinite("samples with values that are not finite; expected undamaged weights, weaker --cfg or "
                          "--lora-scale, or --precision fp32")
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, images)
