@@ -115,6 +115,8 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, str], int]:
     expected = 8 + length + max((span.stop for span in spans.values()), default=0)
     if size < expected:
         raise InputError(f"{path}: truncated, {size} bytes of {expected}")
+    if idle := size - 8 - length - sum(stop - start for start, stop, _ in filled):  # the format allows no holes
+        raise InputError(f"{path}: damaged safetensors file, {idle} of its bytes belong to no tensor")
     return spans, metadata, 8 + length
 
 

@@ -266,6 +266,8 @@ def test_damaged_and_foreign_files(tmp_path):
         "twice.safetensors": (with_length(b'{"x":' + ENTRY + b',"x":' + ENTRY + b"}") + bytes(8), "x stands twice"),
         "shared.safetensors": (with_length(b'{"x":' + ENTRY + b',"y":' + ENTRY + b"}") + bytes(8),
                                "the same bytes are those of x and y"),
+        "tail.safetensors": (good + b"other", "5 of its bytes belong to no tensor"),
+        "hole.safetensors": (header(data_offsets=[8, 16]) + bytes(8), "8 of its bytes belong to no tensor"),
         "notes.safetensors": (with_length(b'{"__metadata__":{"steps":4}}'), "its metadata are not texts"),
         "lines.safetensors": (with_length(b'{"a\\nb":{}}'), "data_offsets of a\\nb"),
         "size.safetensors": (header(shape=[3]), "sizes do not fit the shapes of x"),

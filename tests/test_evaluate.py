@@ -454,7 +454,7 @@ def test_training_keeps_figures_of_the_same_samples_as_it_goes(tmp_path, monkeyp
         scorer.net = torch.nn.Identity()
         return scorer
     monkeypatch.setattr("models.eval.scores.load_scorer", load)
-    flags = ["--batch-size", "2", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
+    flags = ["--batch-size", "2", "--steps", "1", "--evaluate-every", "1", "--evaluate", "8", "--evaluate-metrics", "shapes", "clip",
              "--lora-rank", "4", "--fake-lora", "4", "--save-every", "1", "--out", str(tmp_path / "run")]
     adm.main(adm.parse_args([*flags, "--max-iter", "2"]))
 
