@@ -156,7 +156,7 @@ def test_a_finished_run_is_exported_again(copy):
 
 def test_resume_says_which_flags_changed(copy, capsys):
     train(*SMALL, "--max-iter", 2, "--resume", "--out", copy, "--steps", 2)
-    assert "changed since this run was last started: --save-every 500 (was 1), --steps 2 (was 1)\n" in capsys.readouterr().out
+    assert f"changed since this run was last started: --save-every 500 (was 1), --steps 2 (was {ROW.steps})\n" in capsys.readouterr().out
 
 
 def test_resume_starts_where_no_state_is_complete(tmp_path, finished, capsys):
@@ -419,19 +419,22 @@ def history(count, **changed):
 @pytest.mark.parametrize("rows, words", [
     (history(100), "margin +0.0300 told apart 0.55 loss_tau 1.970 x_0 +0.000 +- 1.000 health: good"),
     (history(100, margin=[1e-5, -2e-5]), "health: D cannot tell fake from real"),
+    (history(100, told_apart=[0.3, 0.6]), "health: D cannot tell fake from real"),  # or the wrong way round
     (history(100, loss_tau=1e-3), "health: D has won: its loss is 0"),
     (history(100, x_0_std=lambda place: [1, 1 + place]), "health: channel 1 of x_0: its deviation changed 1.87-fold over 100 iterations"),
     (history(100, x_0_std=lambda place: [1 - place / 2, 1]), "health: channel 0 of x_0: its deviation changed 0.53-fold over 100 iterations"),
     (history(100, x_0_std=lambda place: [float("nan")]), "health: channel 0 of x_0: its deviation changed nan-fold"),
     (history(100, cos_dmd=[0.25, 0.1, None, 0.4]), "cos +0.25 (+0.10 +nan +0.40) x_0"),
+    (history(100, cos_dmd=[0.1], grad_x_0=[0.034]), "gradient 0.034 cos +0.10 () x_0"),
+    (history(100, cos_dmd=[-0.1]), "health: the generator's gradient points away from DMD's direction"),
     (history(100, grad_norm_theta=0.0), "health: theta has no gradient"),
     (history(3, grad_norm_psi=0.0, grad_norm_tau=0.0), "health: psi has no gradient; tau has no gradient"),
     (history(3, grad_norm_psi=lambda place: place), "health: good"),  # it was 0 once
     (history(49, margin=[0.0], loss_tau=0.0), "health: good"),  # too early to tell
-], ids=["good", "D blind", "D won", "drift up", "drift down", "nan", "cosines", "theta dead", "two dead", "not dead", "early"])
+], ids=["good", "D blind", "D the wrong way", "D won", "drift up", "drift down", "nan", "cosines", "gradient", "away", "theta dead", "two dead", "not dead", "early"])
 def test_health_names_what_is_wrong(rows, words):
     line = health(rows)
-    assert words in line and (words.startswith(("margin", "cos")) or line.endswith(words) or "nan" in words)
+    assert words in line and (words.startswith(("margin", "gradient", "cos")) or line.endswith(words) or "nan" in words)
 
 
 def test_health_compares_with_the_teachers_deviation():

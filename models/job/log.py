@@ -93,13 +93,17 @@ def health(history, teacher_std: list[float] | None = None) -> str:
     if "margin" in last:  # there is a discriminator
         margins, apart = average(records, "margin"), average(records, "told_apart")
         margin, loss = sum(margins) / len(margins), sum(record["loss_tau"] for record in records) / len(records)
-        figures = f"margin {margin:+.4f} told apart {sum(apart) / len(apart):.2f} loss_tau {loss:.3f} "
+        told = sum(apart) / len(apart)
+        figures = f"margin {margin:+.4f} told apart {told:.2f} loss_tau {loss:.3f} "
         if len(records) >= 50:
-            worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4)
+            worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4 or told < 0.52)
             worries += ["D has won: its loss is 0"] * (loss < 0.01)
+    if "grad_x_0" in last:
+        figures += f"gradient {average(records, 'grad_x_0')[0]:.2g} "
     if "cos_dmd" in last:
         cosine, *thirds = average(records, "cos_dmd")
         figures += f"cos {cosine:+.2f} ({' '.join(f'{value:+.2f}' for value in thirds)}) "
+        worries += ["the generator's gradient points away from DMD's direction"] * (len(records) >= 50 and cosine < 0)
     means, stds = average(records, "x_0_mean"), average(records, "x_0_std")
     before, after = average(records[:10], "x_0_std"), average(records[-10:], "x_0_std")
     drifts = [b / max(a, 1e-12) for a, b in zip(before, after)]
