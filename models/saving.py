@@ -45,6 +45,16 @@ def checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(notes).encode(), crc):08x}"
 
 
+def sort_metadata(path: Path) -> None:
+    """Equal tensors and metadata make equal files: safetensors writes the metadata in an order of chance."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
 def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
                      metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file, replacing `path` only when it is whole. An exported generator or adapter, which
@@ -60,6 +70,7 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor],
         metadata["dmdx.crc32"] = checksum(whole, metadata)
     with replacing(path) as temporary:
         save_file(whole, temporary, metadata)
+        sort_metadata(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors leaves it to its owner alone

@@ -432,6 +432,18 @@ def test_save_and_open_again(tmp_path):
     assert os.listdir(path.parent) == ["x.safetensors"]
 
 
+def test_equal_tensors_and_metadata_are_equal_files(tmp_path):
+    """Nine notes have 362,880 orders; the package's own file is one of them by chance."""
+    tensors = small()
+    notes = {f"note.{i}": f'"{i}" \n\t\x01 \u00e9\U0001f600' for i in range(8)}
+    for i in range(3):
+        save_safetensors(tmp_path / f"{i}.safetensors", tensors, notes)
+    first, *others = [(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)]
+    assert others == [first, first]
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:  # what the package reads has not changed
+        assert file.metadata() == notes | {"format": "pt"} and sorted(file.keys()) == sorted(tensors)
+
+
 def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
     """safetensors' own writer leaves files that nobody else on a cluster can read."""
     before = os.umask(0o022)

@@ -145,13 +145,12 @@ def test_metrics_are_not_doubled_after_a_resume(copy):
 
 
 def test_a_finished_run_is_exported_again(copy):
-    before, names = contents(copy), ("generator_lora.safetensors", "generator_lora_kohya.safetensors")
-    saved = [open_tensors(shutil.move(copy / name, copy / f"old_{name}")) for name in names]
+    before = contents(copy)
+    for name in ("generator_lora.safetensors", "generator_lora_kohya.safetensors"):
+        (copy / name).unlink()
     train(*SMALL, "--max-iter", 2, "--resume", "--out", copy)
-    after = contents(copy)  # the bytes of a safetensors file differ: its metadata are in random order
-    assert {path.name for path in before if after[path] != before[path]} <= {"config.json", *names}
-    for old, new in zip(saved, [open_tensors(copy / name) for name in names]):
-        assert old.shapes == new.shapes and old.metadata == new.metadata and all(torch.equal(old[name], new[name]) for name in old)
+    after = contents(copy)
+    assert {path.name for path in before if after[path] != before[path]} <= {"config.json"}
 
 
 def test_resume_says_which_flags_changed(copy, capsys):
