@@ -66,8 +66,9 @@ def finish(script: str, out: Path, folder: Path, expected: dict) -> str:
 def kill(script: str, folder: Path, expected: dict, after: float) -> str:
     out = folder / "killed"
     shutil.rmtree(out, ignore_errors=True)
-    if run(script, out, folder, after):
-        return "ended before the kill"
+    while run(script, out, folder, after):  # the machine is faster now than in the undisturbed run
+        after *= 0.9
+        shutil.rmtree(out)
     return finish(script, out, folder, expected)
 
 

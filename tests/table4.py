@@ -111,12 +111,12 @@ def seconds(out: Path) -> float:
 
 
 def cells(rows: list[dict], names: tuple[str, ...]) -> str:
-    """Mean and deviation of each figure, as cells of a table."""
+    """Mean and deviation of each figure, as cells of a table; of one that no row has, an empty cell."""
     texts = []
     for name in names:
-        values = [row[name] for row in rows]
+        values = [row[name] for row in rows if name in row]
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        texts.append(f"{statistics.mean(values):.3f}{spread}")
+        texts.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
     return " | ".join(texts)
 
 

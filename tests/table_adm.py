@@ -37,9 +37,10 @@ def distil(args, method: str, theta: float, times: int, seed: int, updates: int)
     flags = [*flags, *rate_flags(script, theta, times)]
     finish(script, out, "--steps", N, "--max-iter", updates, "--seed", seed, *flags, model=NAME)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-100:]
-    told = average(rows, "told_apart") if "told_apart" in rows[-1] else []
-    return figures(out / "generator.safetensors", args.samples, N, None, NAME, N) | dict(
-        cos_dmd=average(rows, "cos_dmd")[0], told_apart=sum(told) / len(told) if told else float("nan"))
+    result = figures(out / "generator.safetensors", args.samples, N, None, NAME, N)
+    if told := average(rows, "told_apart"):  # DMD has no D
+        result |= dict(cos_dmd=average(rows, "cos_dmd")[0], told_apart=sum(told) / len(told))
+    return result
 
 
 def main():
@@ -66,7 +67,7 @@ def main():
                   " | | |")
         for method in methods:
             rows = [job.result() for job in runs[method]]
-            text = cells(rows, (*FIGURES, "cos_dmd", "told_apart")).replace("nan ± nan", "")  # DMD has no D
+            text = cells(rows, (*FIGURES, "cos_dmd", "told_apart"))
             print(f"| {method} | {best[method][0]:g}, x {best[method][1]} | {text} |", flush=True)
 
 
