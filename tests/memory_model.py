@@ -72,8 +72,6 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0.5 if args[0].is_floating_point() else 0
-        if operation is torch.ops.aten.silu_backward.default:
-            operation = torch.ops.aten.mul.Tensor  # CUDA's one kernel; of fake tensors it is taken apart into seven
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -153,6 +151,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
         q, k, v, attn_mask, keep, 0.0, is_causal, scale=scale)[0]
 
 
+class SiLU(torch.autograd.Function):
+    """With one kernel each way, as on CUDA: of fake tensors torch takes the backward apart into seven."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.ops.aten.silu(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0]
+
+
 def apply(module, change, recurse=True):
     """nn.Module._apply with new parameters. Torch's swaps the contents of fake ones, which it cannot while a
     weak reference watches them."""
@@ -187,6 +198,7 @@ def install(world: int, counted: LiveBytes) -> None:
     save_on_cpu = torch.autograd.graph.save_on_cpu
     patch.object(torch.autograd.graph, "save_on_cpu", lambda pin_memory: save_on_cpu(pin_memory=False)).start()
     patch.object(torch.nn.functional, "scaled_dot_product_attention", attention).start()
+    patch.object(torch.nn.functional, "silu", lambda x, inplace=False: SiLU.apply(x)).start()
     patch.object(torch.nn.Module, "_apply", apply).start()
     resize, move = torch.UntypedStorage.resize_, _fsdp_init._move_states_to_device
 
