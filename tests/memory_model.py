@@ -219,7 +219,7 @@ def install(world: int, counted: LiveBytes) -> None:
 
 
 def measure(script: str, argv: list[str], config: dict, counted: LiveBytes) -> dict[str, float]:
-    """One iteration of adm.py, adp.py or dmd.py: phase -> GiB at its peak. `config` replaces parts of the
+    """One iteration of a training script: phase -> GiB at its peak. `config` replaces parts of the
     preset's network."""
     script = importlib.import_module(script.removesuffix(".py"))
     from models import data, lora
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, default=1, help="ranks that share each network")
     parser.add_argument("--trace", action="store_true", help="list what lives at the largest peak")
-    parser.add_argument("script", help="adm.py, adp.py or dmd.py")
+    parser.add_argument("script", help="adm.py, adp.py, dmd.py or avdm2.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args()
     counted = LiveBytes(args.trace)

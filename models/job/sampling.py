@@ -58,7 +58,7 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
         raise NotFinite("samples with values that are not finite; expected undamaged weights, weaker --cfg or "
-                         "--lora-scale, or --precision fp32")
+                        "--lora-scale, or --precision fp32")
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, images)
     return torch.cat(gathered[::sequence])[:len(prompts)]
