@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -36,6 +37,8 @@ ROWS = {  # row of the paper: (what it is, script, flags, run it starts from, ro
     "B2": ("DMD without ADP", "dmd.py", [], None, "B2"),
     "B3": ("DMD with ADP", "dmd.py", [], "A5", "B3"),
     "B4": ("DMDX: ADM with ADP, TTUR 1", "adm.py", [], "A5", "B4"),
+    "A1 + DMD": ("DMD after A1, not in the paper", "dmd.py", [], "A1", "B3"),
+    "A1 + ADM": ("ADM after A1, not in the paper", "adm.py", [], "A1", "B4"),
     "TTUR 4": ("B4 with TTUR 4", "adm.py", ["--ttur", "4"], "A5", "B4"),
     "TTUR 8": ("B4 with TTUR 8", "adm.py", ["--ttur", "8"], "A5", "B4"),
 }
@@ -165,8 +168,8 @@ def main():
             trials = {name: {rates: pool.submit(trial, name, rates) for rates in (ALONE if name == "A1" else GRID)}
                       for name in searched}
             args.best |= {name: choose(name, trials[name]) for name in searched}
-            if "A5" in searched and any("A5" in (name, ROWS[name][3]) for name in names):
-                list(pool.map(lambda seed: long_run("A5", seed), range(1 + args.seeds)))
+            for first in sorted({ROWS[name][3] for name in names} & {*searched}):  # once, before what starts from it
+                list(pool.map(partial(long_run, first), range(1 + args.seeds)))
             for name in names:
                 if ROWS[name][4] in searched:
                     runs[name] = [pool.submit(long_run, name, seed) for seed in range(1, 1 + args.seeds)]

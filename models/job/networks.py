@@ -260,10 +260,11 @@ def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, d
         F_phi = replace(F_phi, net=load_network(args, preset, mesh, device))
     shape = latent_shape(args, preset)
     taps = F_phi.net.tap_shapes(*(shape if preset.frames else shape[-2:]))
-    linear = [name for name, tap in taps.items() if not shrink_count(min(tap[-2:]))] if kind is Discriminator else []
-    if linear:
-        print0(f"note: {len(linear)} of D's {len(taps)} heads are linear ({', '.join(map(str, linear))}): their maps are "
-               "too small to be halved")
+    small = [name for name, tap in taps.items() if kind is Discriminator and not shrink_count(min(tap[-2:]))]
+    if small:
+        print0(f"note: {len(small)} of D's {len(taps)} heads {'would be' if len(small) < len(taps) else 'are'} linear "
+               f"({', '.join(map(str, small))}): their maps are too small to be halved")
+    taps = {name: tap for name, tap in taps.items() if name not in small} or taps  # [choice] linear ones are noise
     return shard_heads(args, lambda: kind(F_phi, tuple(taps), list(taps.values()), preset.head_width), mesh,
                        device)
 
