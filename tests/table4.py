@@ -2,9 +2,9 @@
 
 Every method has the same search: on seed 0, short runs over one grid of the generator's rate and of the others'
 multiple of it. The best by accuracy less total variation then runs longer with three other seeds; the rates fall to 0
-over all of a run. Ablations (A2 to A4, TTUR) take the rates of the row they change. Prints every trial, then a table:
-prompt accuracy, total variation over free attributes, Frechet distance and sharpness of the one-step student, mean and
-deviation over the seeds. What is finished is not run again. A2 needs DINOv2's weights: pass --dinov2 FILE.
+over all of a run. Ablations (A2 to A4, A1 + ..., TTUR) take the rates of the row they change. Prints every trial, then
+a table: prompt accuracy, total variation over free attributes, Frechet distance and sharpness of the one-step student,
+mean and deviation over the seeds. What is finished is not run again. A2 needs DINOv2's weights: pass --dinov2 FILE.
 """
 import argparse
 import json
