@@ -90,7 +90,7 @@ def scored(kind: str, args):
                "hpsv2": dict(version=args.hpsv2_version), "mps": dict(threshold=args.mps_threshold)}
     ckpt = getattr(args, f"{name}_ckpt")
     score = load_scorer(name, ckpt, args.tokenizer, args.device, **options.get(kind, {}))
-    head = dict(metric=kind, variant=score.describe, weights=metrics.weights_of(ckpt))
+    head = dict(metric=kind, variant=score.describe, weights=metrics.weights_of(ckpt, *[args.tokenizer] * bool(args.tokenizer)))
     suffixes, read, batch = (VIDEOS, read_mp4, 1) if video else (PICTURES, read_picture, args.batch)
 
     def compute(loaded: list[list], prompts: list[str]) -> list[float]:

@@ -165,11 +165,13 @@ def peft_scale(config: dict, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def plain_alpha(metadata: dict[str, str]) -> float | None:
+def plain_alpha(tensors: Tensors) -> float | None:
     """An alpha that trainers note beside the tensors; None where there is none that is a number."""
-    for key in ("lora_alpha", "network_alpha", "ss_network_alpha"):
+    # musubi-tuner's converter multiplies its alpha into the weights and leaves the note.
+    converted = any(key.startswith("diffusion_model.") for key in tensors)
+    for key in ("lora_alpha", "network_alpha", *["ss_network_alpha"] * (not converted)):
         try:
-            alpha = float(metadata.get(key, ""))
+            alpha = float(tensors.metadata.get(key, ""))
         except ValueError:
             continue
         if math.isfinite(alpha):
@@ -231,7 +233,7 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
 
     config = peft_config(tensors)
     with_alphas = any("alpha" in parts for parts in found.values())
-    noted = None if with_alphas else plain_alpha(tensors.metadata)
+    noted = None if with_alphas else plain_alpha(tensors)
     for module, parts in found.items():
         if not {"down", "up"} <= parts.keys():
             refuse("expected a down and an up weight together, found one alone or an alpha", [module])
@@ -337,7 +339,9 @@ def save_kohya(path: str | Path, net: nn.Module, names: Names, name: str, metada
     write(path, tensors, (metadata or {}) | {
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{names.architecture}/lora",
         "modelspec.title": Path(path).stem, "modelspec.implementation": f"https://github.com/{names.implementation}",
-        "ss_network_module": "networks.lora", "ss_network_dim": str(len(down)), "ss_network_alpha": f"{alpha:g}"})
+        "ss_network_module": "networks.lora", "ss_network_dim": str(len(down)), "ss_network_alpha": f"{alpha:g}"}
+        # A1111 hides a file from SDXL that has metadata and not this.
+        | ({"ss_base_model_version": "sdxl_base_v1-0"} if "-xl-" in names.architecture else {}))
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -193,6 +193,14 @@ def test_an_alpha_in_plain_metadata_is_used(sdxl, tmp_path, key):
     assert {piece.scale for pieces in lora.values() for piece in pieces} == {0.5}  # 2 / rank 4
 
 
+def test_an_alpha_that_a_converter_multiplied_in_is_not_used_again(sdxl, tmp_path):
+    """musubi-tuner's dotted files keep kohya's note."""
+    dotted = written(*sdxl, tmp_path, lambda key: key.replace("unet.", "diffusion_model."), ss_network_alpha="1")
+    with pytest.warns(UserWarning, match="strength 1 is assumed"):
+        lora = read_lora(dotted, *sdxl)
+    assert {piece.scale for pieces in lora.values() for piece in pieces} == {1}
+
+
 @pytest.mark.parametrize("metadata", [{}, {"ss_network_alpha": "None"}, {"lora_alpha": "nan"}])
 def test_a_file_without_alpha_is_announced(sdxl, tmp_path, metadata):
     with pytest.warns(UserWarning, match="new.safetensors: says no alpha; strength 1 is assumed, alpha = rank"):

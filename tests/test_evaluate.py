@@ -225,6 +225,27 @@ def test_prompts_from_the_files_else_in_the_order_of_names(tmp_path):
     items = read_items(tmp_path, ["first", "second"], broken)
     assert [item.prompt for item in items] == ["second", "first"]
     assert list(broken) == [str(tmp_path / "2.png")]
+    graph = {"prompt": '{"3": {"class_type": "KSampler"}}'}  # queued by ComfyUI's API: no workflow beside it
+    save_png(tmp_path / "999.png", torch.zeros(3, 4, 4), graph)
+    assert [item.prompt for item in read_items(tmp_path, ["first", "second"], broken)] == ["second", "first"]
+
+
+def test_videos_named_after_their_prompts_keep_them(tmp_path):
+    """In the order of names, which is not that of --prompts."""
+    for name in ("a cat-0", "a cat-1", "b dog-0", "other"):
+        save_mp4(tmp_path / f"{name}.mp4", [Image.new("RGB", (16, 16))] * 2, fps=8)
+    items = read_items(tmp_path, ["b dog", "a cat"], {})
+    assert [item.prompt for item in items] == ["a cat", "a cat", "b dog", "a cat"]
+    assert [item.prompt for item in read_items(tmp_path, None, {})] == ["a cat", "a cat", "b dog", None]
+
+
+def test_another_tokenizer_is_another_score(tmp_path, scorers):
+    make_pictures(tmp_path / "a")
+    for text in ("one", "two", "two"):
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / "vocab.json").write_text(text)
+        run(tmp_path / "out", "--images", tmp_path / "a", "--metrics", "clip", "--tokenizer", tmp_path / "tokenizer")
+    assert [scorer.seen for scorer in scorers] == [6, 6, 0]
 
 
 def test_a_picture_without_prompt_is_refused_where_one_is_needed(tmp_path, scorers):

@@ -148,7 +148,9 @@ def test_prompts_that_are_no_file_names(tmp_path, prompt):
 
 
 PROGRAM = """#!/bin/sh
-# evaluate --videos_path V --dimension D --output_path R
+# evaluate --videos_path V --dimension D --output_path R, or static_filter --videos_path V --result_path S
+[ "$1" = static_filter ] && { mkdir -p "$5/filtered_videos"; exit 0; }
+[ "$5" = temporal_flickering ] && { [ "$3" = "${7%results}static/filtered_videos" ] && [ -d "$3" ] || exit 0; }
 echo "$5" >> "$7.calls"
 [ "$5" = scene ] && exit 0
 mkdir -p "$7"
@@ -165,7 +167,8 @@ def test_its_program_runs_on_what_is_missing(tmp_path, monkeypatch):
     results_file(results, "earlier", {"color": 0.25})
     assert run(tmp_path / "videos", results) == ["scene"]
     called = (tmp_path / "results.calls").read_text().split()
-    assert called == [name.replace(" ", "_") for name in DIMENSIONS if name != "color"]
+    others = [name.replace(" ", "_") for name in DIMENSIONS if name not in ("color", "temporal flickering")]
+    assert called == [*others, "temporal_flickering"]  # the last, as its filter needs what another downloads
     values = read_results([results])[0]
     assert values == {name: 0.25 if name == "color" else 0.5 for name in DIMENSIONS if name != "scene"}
     run(tmp_path / "videos", results)  # again: only what failed

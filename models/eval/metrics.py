@@ -75,7 +75,8 @@ def in_order(path: Path) -> list:
 
 def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) -> list[Item]:
     """The pictures and videos in a folder, in the order of their names, without sample.py's grid. A prompt is
-    what the file notes, else `prompts` in turn, else what a video is named after in VBench's way. Files that
+    what the file notes, else what a video is named after in VBench's way, if there are no `prompts` or it is one of
+    them, else `prompts` in turn. Files that
     cannot be opened go into `broken` with the reason. Raises InputError when there are none, and when they
     note different generators."""
     if not folder.is_dir():
@@ -96,8 +97,9 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
             broken[str(path)] = str(error)
             continue
         named = re.fullmatch(r"(.+)-\d+", path.stem) if path.suffix.lower() in VIDEOS else None
-        prompt = prompts[i % len(prompts)] if prompts else named[1] if named else None
-        if "workflow" in text:  # ComfyUI, whose "prompt" is its graph
+        by_name = named and (not prompts or named[1] in prompts)
+        prompt = named[1] if by_name else prompts[i % len(prompts)] if prompts else None
+        if "workflow" in text or '"class_type"' in text.get("prompt", ""):  # ComfyUI, whose "prompt" is its graph
             text = {}
         for key in (key for key in GENERATOR if key in text or "model" in text):
             first, value = noted.setdefault(key, (path.name, text.get(key, "none")))

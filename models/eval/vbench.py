@@ -87,7 +87,7 @@ def read_results(paths: list[Path]) -> tuple[dict[str, float], list[str]]:
 
 def lay_out(folder: Path, videos: list[tuple[Path, str]]) -> Path:
     """folder/videos with every MP4 as `{prompt}-{i}.mp4`, i counting a prompt's videos in the order given.
-    When these are not the videos of the last call, folder/results goes too. Raises InputError for a prompt
+    When these are not the videos of the last call, folder/results and folder/static go too. Raises InputError for a prompt
     that is no file name."""
     counts, names = defaultdict(int), {}
     for path, prompt in videos:
@@ -101,7 +101,7 @@ def lay_out(folder: Path, videos: list[tuple[Path, str]]) -> Path:
     record = folder / "videos.json"
     if record.is_file() and record.read_bytes() == json.dumps(stamp).encode():
         return folder / "videos"
-    for stale in ("videos", "results"):
+    for stale in ("videos", "results", "static"):
         shutil.rmtree(folder / stale, ignore_errors=True)
     (folder / "videos").mkdir(parents=True)
     for name, path in names.items():
@@ -121,15 +121,25 @@ def run(videos: Path, results: Path) -> list[str]:
     if program is None:
         raise InputError(f"VBench is not installed (`pip install vbench`, in an environment of its own); its "
                          f"videos lie ready in {videos}: `vbench evaluate --videos_path {videos} --dimension "
-                         "NAME` makes the results, which --vbench-results FOLDER reads")
+                         "NAME` makes the results, which --vbench-results FOLDER reads; temporal_flickering "
+                         "takes what `vbench static_filter` leaves of them")
     done = read_results([results])[0] if any(results.rglob("*_eval_results.json")) else {}
-    failed = []
     # It starts `python` by that name: the one it is installed with must come first.
     path = os.pathsep.join([str(Path(program).parent), os.environ["PATH"]])
-    for dimension in (name.replace(" ", "_") for name in DIMENSIONS if name not in done):
-        subprocess.run([program, "evaluate", "--videos_path", str(videos.resolve()), "--dimension", dimension,
-                        "--output_path", str(results.resolve())], env=os.environ | {"PATH": path})
+
+    def call(command: str, source: Path, *flags):
+        subprocess.run([program, command, "--videos_path", str(source.resolve()), *map(str, flags)],
+                       env=os.environ | {"PATH": path})
+
+    failed, missing, static = [], [name for name in DIMENSIONS if name not in done], results.resolve().parent / "static"
+    # Temporal flickering is of static videos alone, and last: the filter reads a network that dynamic degree downloads.
+    for name in sorted(missing, key=lambda name: name == "temporal flickering"):
+        dimension, source = name.replace(" ", "_"), videos
+        if name == "temporal flickering":
+            call("static_filter", videos, "--result_path", static)
+            source = static / "filtered_videos"
+        call("evaluate", source, "--dimension", dimension, "--output_path", results.resolve())
         files = results.rglob("*_eval_results.json")
         if not any(f'"{dimension}"' in file.read_text(errors="replace") for file in files):  # its exit code is always 0
-            failed.append(dimension.replace("_", " "))
+            failed.append(name)
     return failed

@@ -265,8 +265,7 @@ def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, d
         print0(f"note: {len(small)} of D's {len(taps)} heads {'would be' if len(small) < len(taps) else 'are'} linear "
                f"({', '.join(map(str, small))}): their maps are too small to be halved")
     taps = {name: tap for name, tap in taps.items() if name not in small} or taps  # [choice] linear ones are noise
-    return shard_heads(args, lambda: kind(F_phi, tuple(taps), list(taps.values()), preset.head_width), mesh,
-                       device)
+    return shard_heads(args, lambda: kind(F_phi, tuple(taps), [*taps.values()], preset.head_width), mesh, device)
 
 
 def new_pixel_discriminator(args, preset: Preset, mesh: DeviceMesh,
@@ -332,7 +331,8 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         weights = {prefix + name: p for name, p in weights.items()}
         others = beside_denoiser(args, preset) if family.single_file else {}
         metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.names.architecture,
-                     "modelspec.title": f"{args.model}, {args.steps} steps"}
+                     "modelspec.title": f"{args.model}, {args.steps} steps",
+                     "modelspec.implementation": f"https://github.com/{family.names.implementation}"}
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
         if motion:
             checkpoint.save_safetensors(out / MOTION, motion, metadata)
