@@ -20,7 +20,7 @@ from models.job import parsers
 def parse_args(argv=None):
     parser, add = parsers.distillation_parser(__file__, __doc__)
     parsers.add_discriminator_flags(parser, add)
-    add("--dt", type=float, help="of the step t -> t - dt that D_tau compares; default: 1/64, Sec. 4.1")
+    add("--dt", type=float, default=1 / 64, help="of the step that D_tau compares, Sec. 4.1; on DDPM grids rounded to i/1000")
     add("--r1", type=float, default=0.0, metavar="WEIGHT", help="of a penalty on D_tau's slope, not in the paper")
     add("--normalise", action="store_true",
         help="give each sample's gradient at x_hat_0 one length, as Eq. (5) does; not in the paper")
@@ -60,7 +60,7 @@ NEAR = 0.03  # of latents of deviation 1: the step of --r1's finite difference, 
 def main(args):
     device, mesh = init_distributed(args.shard_ranks)
     preset = flags.resolve(args)
-    dt = delta_t(preset.schedule) if args.dt is None else args.dt
+    dt = delta_t(preset.schedule, args.dt)
     job = Job(__file__, args, preset, mesh, device)
     load = partial(networks.load_network, args, preset, mesh, device)
 

@@ -104,7 +104,8 @@ def main(args):
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
     job.start(**roles)
-    job.watch(F_phi=F_phi, F_2d=F_sdm, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}), D_tau=D_tau.F_phi)
+    frames = dict(F_2d=F_sdm) if args.sdm == "2d" else {}  # before F_phi, whose module it may be
+    job.watch(**frames, F_phi=F_phi, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}), D_tau=D_tau.F_phi)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas

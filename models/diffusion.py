@@ -75,9 +75,9 @@ def alpha_sigma(schedule: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return alpha.to(x.dtype).view(shape), sigma.to(x.dtype).view(shape)
 
 
-def delta_t(schedule: str) -> float:
-    """dt = T/64 (Sec. 4.1). On the DDPM grid 16/1000: networks see only times they were trained on."""
-    return 1 / 64 if schedule in FLOWS else 16 / 1000  # [choice]
+def delta_t(schedule: str, dt: float = 1 / 64) -> float:
+    """dt = T/64 (Sec. 4.1), on the DDPM grid the nearest i/1000: networks see only times they were trained on."""
+    return dt if schedule in FLOWS else round(1000 * dt) / 1000  # [choice]
 
 
 def random_time(schedule: str, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

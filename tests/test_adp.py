@@ -568,6 +568,16 @@ def test_generators_of_another_model_or_of_nobody(tmp_path, stubs, found, words)
     assert not out.exists()
 
 
+def test_a_generator_of_epsilon_is_not_read_as_velocity(tmp_path):
+    """The teacher's epsilon is, from the first update on; a finished generator's would be lost by it."""
+    net = FAMILIES["unet"].network(**SMALL["tiny-sdxl"].config)
+    save_safetensors(tmp_path / "dmd.safetensors", {DENOISER + name: p for name, p in net.state_dict().items()},
+                     FLOW | {"dmdx.model": "tiny-sdxl", "dmdx.predicts": "epsilon", "dmdx.schedule": "sdxl"})
+    message = refusal(tmp_path / "run", *RANDOM, "--max-iter", 1, "--init", tmp_path / "dmd.safetensors")
+    assert message.endswith("dmd.safetensors: a generator that predicts epsilon; expected a run of adp.py")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="session")
 def started(tmp_path_factory):
     """(flags, generator, run folder) of a small run of adm.py from a generator of ADP's kind."""

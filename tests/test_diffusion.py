@@ -154,6 +154,12 @@ def test_guidance_touches_every_channel_and_is_plain_at_scale_1():
     torch.testing.assert_close(v, expected[:, :, None, None].expand_as(v), atol=1e-5, rtol=0)
 
 
+def test_dt_stays_on_the_grid():
+    """D's UNet sees s = t - dt: half-way between two trained times it would be diffused to one and told the other."""
+    assert delta_t("flow") == 1 / 64 and delta_t("flow", 0.1234) == 0.1234
+    assert delta_t("sdxl") == 0.016 and delta_t("sdxl", 0.1234) == 0.123
+
+
 @pytest.mark.parametrize("schedule", ["flow", "sdxl"])
 def test_random_times_leave_room_for_the_step(schedule):
     dt = delta_t(schedule)

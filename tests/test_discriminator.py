@@ -110,6 +110,22 @@ def test_float32_beside_networks_in_bf16():
     assert torch.cosine_similarity(coarse, expected, dim=0) < 0.9  # tests/d_precision.py: 0.4 to 0.6
 
 
+def test_heads_compute_in_float32_beside_networks_in_bf16():
+    """Inputs 1 % apart: in bf16 the heads would turn one pair in ten round."""
+    device, mesh = init_distributed()
+    args = adm.parse_args(["--precision", "bf16"])
+    preset = flags.resolve(args)
+    teacher = Denoiser(networks.load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
+    D_tau = networks.new_discriminator(args, preset, teacher, mesh, device)
+    x, t, c = torch.randn(4, 4, 8, 8), torch.full((4,), 0.5), (torch.randn(4, 16, 128), torch.randn(4, 128))
+    with torch.no_grad():
+        h = D_tau.features(x, t, c)
+    assert h[0].dtype == torch.bfloat16
+    for logits, head, map_ in zip(D_tau(h), D_tau.heads, h):
+        alone = head.logit(head.shrink(map_.float())).mean((1, 2, 3))
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)  # bf16 would be off by 1e-3
+
+
 def test_gradient_reaches_the_sample_and_the_heads_but_not_the_backbone():
     F_phi, D_tau = small_discriminator()
     x, t, c = batch()

@@ -15,6 +15,7 @@ from models.checkpoint import InputError
 from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
 from models.job.networks import init_file
+from models.job.notes import export_notes
 from models.parallel import barrier
 from models.parse import short
 from models.presets import PRESETS, Preset
@@ -132,7 +133,10 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if args.offload_activations and args.no_checkpointing:
         raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
                          "expected checkpointing, of which it moves what is kept")
-    init_file(args)
+    init = init_file(args)
+    predicts = export_notes(init).get("dmdx.predicts") if init else "velocity"
+    if adp and predicts != "velocity":
+        raise InputError(f"--init {args.init}: a generator that predicts {predicts}; expected a run of adp.py")
     procedural = bool(preset.data)
     if procedural and args.evaluate == 1:
         raise InputError(f"--evaluate {args.evaluate}: expected 0 or at least 2")
