@@ -119,7 +119,7 @@ def main(args):
     prompts = data.read_prompts(args.prompts)
     check_teacher(networks.open_denoiser(args, preset))
     same = settings(args, preset)
-    if is_main() and args.out.exists():  # before the manifest is read: another process may be adding to it
+    if is_main():  # before the manifest is read: another process may be adding to it
         hold(args.out)
     barrier()
     manifest, todo = plan(args, same)

@@ -285,7 +285,7 @@ def report(args, folders: list[Folder], variants: dict[str, str]) -> None:
                    notes={str(folder.path): folder.notes for folder in folders}, args=vars(args))
     for name, content in (("results.json", json.dumps(results, indent=1, default=str)), ("table.md", text)):
         with replacing(args.out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # a folder's name
     print(text + f"{args.out / 'results.json'}, {args.out / 'table.md'}")
 
 

@@ -185,11 +185,12 @@ def main(args):
         if len(tn.unique()) < len(tn):
             raise InputError(f"--times {' '.join(map(str, args.times))}: expected times that differ by 0.001, of which "
                              "this schedule is made")
-    prompts = [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
+    given, prompts = prompts, [prompts[i % len(prompts)] for i in range(args.count or len(prompts))]
     text, vae = networks.load_text(args, preset, mesh, device), networks.load_vae(args, preset, device)
     sampling.note_overlong(text, prompts)
     if is_main():
         hold(args.out)
+        refuse_other_samples(args.out, settings, given)  # again: another process may have filled it meanwhile
     shape, shown = networks.latent_shape(args, preset), []  # for the grid: as many as a person looks at
     block = args.batch * dist.get_world_size() // args.sequence_parallel
     for first in bar(range(0, len(prompts), block), disable=not is_main() or len(prompts) <= block):

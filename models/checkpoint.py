@@ -183,8 +183,10 @@ def open_shards(path: Path) -> Tensors:
     lost = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
     if lost:
         raise InputError(f"{path}: {len(lost)} tensors are not in the files it names: {some(lost)}")
+    # What one of them announces holds for all; a checksum is that of its own file.
+    notes = {key: value for shard in shards.values() for key, value in shard.metadata.items() if key != "dmdx.crc32"}
     return Tensors(path, {name: shards[file].shapes[name] for name, file in places.items()},
-                   lambda name, rows: shards[places[name]].read(name, rows))
+                   lambda name, rows: shards[places[name]].read(name, rows), notes)
 
 
 def unscaled(tensors: Tensors) -> Tensors:

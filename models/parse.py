@@ -150,9 +150,14 @@ def check_stored(path: Path, zipped: bool) -> None:
     archive = zipfile.ZipFile(path)
     if any(entry.compress_type for entry in archive.infolist()):
         raise InputError(f"{path}: a compressed archive, or a TorchScript program; expected a file as torch.save writes it")
-    for entry in archive.infolist():
-        if entry.filename.lower().endswith("data.pkl"):  # torch finds it in any case of letters
-            check_nesting(archive.read(entry))
+    # torch reads the directory that the last bytes point to, zipfile the one before them: they may be two.
+    reader = torch._C.PyTorchFileReader(str(path))
+    names = sorted(name.partition("/")[2] for name in archive.namelist())
+    if names != sorted(reader.get_all_records()):
+        raise ValueError("an archive with two directories")
+    for name in names:
+        if name.lower().endswith("data.pkl"):  # torch finds it in any case of letters
+            check_nesting(reader.get_record(name))
 
 
 def check_nesting(content: bytes | BinaryIO, most: int = 10 ** 4) -> None:

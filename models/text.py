@@ -25,6 +25,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
@@ -33,6 +34,8 @@ from torch.nn.functional import pad
 
 from models import checkpoint
 from models.checkpoint import InputError, Tensors
+from models.parse import read_object, short
+from models.parse import read_object, short
 from models.text_encoders import (
     EXTRAS,
     check_vocabulary,
@@ -54,6 +57,16 @@ except ImportError:  # `WanText` says what differs
 class Cond(NamedTuple):
     context: Tensor  # B L D
     pooled: Tensor  # B P
+
+
+def check_settings(path: str | Path, config) -> None:
+    """Raises InputError where config.json beside an encoder's file says otherwise what no shape tells."""
+    beside = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
+    settings = read_object(beside, "an encoder's settings") if beside.is_file() else {}
+    for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "feed_forward_proj", "layer_norm_epsilon"):
+        built = getattr(config, key, None)
+        if settings.get("model_type") == config.model_type and settings.get(key, built) != built:
+            raise InputError(f"{beside}: {key} {short(settings[key], 40)}; expected {built}")
 
 
 class Text(nn.Module):
@@ -82,7 +95,9 @@ class Text(nn.Module):
         for name, net in self.named_children():
             self.readers[name] = second if name == "t5" and len(names) > 1 else first
             self.windows[name] = t5_length if name in ("t5", "umt5") else net.config.max_position_embeddings
-            check_vocabulary(self.readers[name], net, files)
+            # CLIP's end token is its last; T5's and UMT5's embeddings are padded, and hold up to 300 extra tokens.
+            check_vocabulary(self.readers[name], net, files, 512 if name in ("t5", "umt5") else 0)
+            check_settings(parts[name].path, net.config)
 
     def blocks(self) -> list[nn.Module]:
         return [block for net in self.children() for block in layers(net)]

@@ -209,15 +209,15 @@ def check_merges(folder: Path, tokenizer: "transformers.CLIPTokenizer") -> None:
         raise ValueError(f"no merge makes {len(lost)} of its tokens, such as {lost[0]}")
 
 
-def check_vocabulary(tokenizer, net: nn.Module, given: str) -> None:
+def check_vocabulary(tokenizer, net: nn.Module, given: str, spare: float = float("inf")) -> None:
     """Raises InputError unless every token of `tokenizer`, if there is one, is one of `net` from the file(s)
-    `given`."""
+    `given`, and all but `spare` of the net's are its."""
     if tokenizer is None:
         return
     if isinstance(tokenizer, transformers.T5Tokenizer) != hasattr(net, "shared"):  # T5 and UMT5 have it
         raise InputError(f"{tokenizer.name_or_path}: a {type(tokenizer).__name__}; expected that of {given}")
     size = 1 + max(tokenizer.get_vocab().values())
-    if size > net.config.vocab_size:
+    if not size <= net.config.vocab_size <= size + spare:
         raise InputError(f"{tokenizer.name_or_path}: a tokenizer of {size} tokens; "
                          f"expected at most {net.config.vocab_size}, as in {given}")
 
@@ -293,7 +293,7 @@ def clip_encoder(tensors: Tensors, name: str, heads: int | None = None) -> nn.Mo
         vocab_size=vocabulary, max_position_embeddings=window, hidden_size=width, intermediate_size=hidden,
         num_hidden_layers=sum(key.endswith(norm) for key in tensors),
         num_attention_heads=heads or max(1, width // 64), hidden_act="gelu" if big else "quick_gelu",
-        projection_dim=projection[-1 if original else 0],
+        projection_dim=(projection or (width,))[-1 if original else 0],
         bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)
     if original:
         return OpenClip(config)

@@ -124,11 +124,11 @@ def original_tensors(kind: str, path: str | Path | None) -> Tensors:
         tensors = tensors.group("vision_encoder." if hub else "image_encoder.")
     for name in tensors:
         new, value = original_name(kind, name), tensors[name]
-        if kind == "dinov2" and ".attn.qkv." in new:
+        if kind == "dinov2" and ".attn.qkv." in new and value.ndim:
             weights |= {new.replace(".qkv.", f".{part}."): w for part, w in zip("qkv", value.chunk(3))}
         else:
             weights[new] = value
-    if "cls_token" in weights:  # a DINOv2 without register tokens is one with 0 of them
+    if "cls_token" in weights and weights["cls_token"].ndim == 3:  # without register tokens it has 0 of them
         weights.setdefault("register_tokens", weights["cls_token"][:, :0])
     return Tensors(tensors.path, {name: tuple(w.shape) for name, w in weights.items()},
                    lambda name, _: weights[name], prefix=tensors.prefix)

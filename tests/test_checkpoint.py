@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, golden, read_golden
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.checkpoint import (
@@ -152,6 +152,13 @@ def test_shards_by_index_and_by_folder(tmp_path, suffix):
         assert tensors.shapes == {name: tuple(value.shape) for name, value in expected.items()}
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
         assert torch.equal(tensors.rows("net.a", 2, 4), expected["net.a"][2:4])
+
+
+def test_what_a_shard_announces_holds_for_all(tmp_path):
+    shards(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file(load_file(path), path, {"modelspec.prediction_type": "v", "dmdx.crc32": path.name})
+    assert open_tensors(tmp_path).metadata == {"modelspec.prediction_type": "v"}  # a checksum is of one file
 
 
 def test_a_folder_prefers_safetensors(tmp_path):

@@ -1,5 +1,6 @@
 """evaluate.py: folders to figures, kept scores, what is left out, tables; `quick_scores`; MP4 files."""
 import json
+import os
 import subprocess
 import sys
 from hashlib import sha256
@@ -237,6 +238,19 @@ def test_videos_named_after_their_prompts_keep_them(tmp_path):
     items = read_items(tmp_path, ["b dog", "a cat"], {})
     assert [item.prompt for item in items] == ["a cat", "a cat", "b dog", "a cat"]
     assert [item.prompt for item in read_items(tmp_path, None, {})] == ["a cat", "a cat", "b dog", None]
+
+
+def test_a_prompt_that_no_tokenizer_takes_is_told(tmp_path):
+    save_mp4(tmp_path / "000.mp4", [Image.new("RGB", (16, 16))] * 2, 8, {"prompt": "blue \ud83d square"})
+    broken = {}
+    assert read_items(tmp_path, None, broken) == []
+    assert "000.mp4" in broken[str(tmp_path / "000.mp4")]
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path, scorers):
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    make_pictures(folder)
+    assert list(run(tmp_path / "out", "--images", folder, "--metrics", "clip")["rows"])
 
 
 def test_another_tokenizer_is_another_score(tmp_path, scorers):

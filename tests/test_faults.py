@@ -26,6 +26,7 @@ from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import read_prompts, truncate_jsonl
 from models.diffusion import teacher_times
 from models.eval.fvd import is_script
+from models.eval.lpips import load_lpips
 from models.eval.metrics import Item, doubts, kept_scores, read_items, weights_of
 from models.eval.vbench import read_results
 from models.job import flags, networks
@@ -304,6 +305,17 @@ def test_adapters_of_another_prediction_or_model(tmp_path, metadata, words):
     check_adapter(open_tensors(tmp_path / "y.safetensors"), PRESETS["sdxl"])
 
 
+@pytest.mark.parametrize("architecture, model", [
+    ("stable-diffusion-3-medium/lora", "sd3.5-medium"), ("stable-diffusion-v3.5-medium/lora", "sd3-medium"),
+    ("stable-diffusion-3.5-medium/lora", "sd3-medium")])
+def test_adapters_of_the_other_medium(tmp_path, architecture, model):
+    """SD3 and SD3.5 Medium have the same shapes."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"modelspec.architecture": architecture})
+    tensors = open_tensors(tmp_path / "x.safetensors")
+    assert "of another model (modelspec.architecture" in says(check_adapter, tensors, PRESETS[model])
+    check_adapter(tensors, PRESETS["sd3.5-medium" if model == "sd3-medium" else "sd3-medium"])
+
+
 def test_adapters_of_whole_numbers_or_on_changed_weights(tmp_path):
     preset, module = PRESETS["tiny-sdxl"], "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     with torch.device("meta"):
@@ -395,6 +407,28 @@ def test_text_encoders_that_do_not_fit(tmp_path):
     assert "expected a T5 v1.1 encoder, but shared.weight is (5,)" in said
 
 
+@pytest.mark.parametrize("model, name, shape", [
+    ("tiny-sdxl", "model.diffusion_model.input_blocks.0.0.weight", (0, 0, 0, 0)),
+    ("tiny-sdxl", "first_stage_model.encoder.conv_in.weight", (0,)),
+    ("tiny-sdxl", "conditioner.embedders.1.model.text_projection", ()),
+    ("tiny-sd3", "model.diffusion_model.x_embedder.proj.weight", (0,))])
+def test_shapes_that_no_network_has(tmp_path, model, name, shape):
+    tensors = dict(open_files(PRESETS[model].ckpt))
+    assert name in tensors
+    save_file(tensors | {name: torch.zeros(shape)}, tmp_path / "x.safetensors")
+    said = refusal_of("sample.py", "--model", model, "--ckpt", tmp_path / "x.safetensors", "--count", 1, "--out",
+                      tmp_path / "out", printed=".*")
+    assert "x.safetensors: " in said and name.rpartition(".")[0].rpartition(".")[2] in said
+
+
+def test_pixel_encoders_and_lpips_of_odd_shapes(tmp_path):
+    for name, shape in (("cls_token", (3,)), ("blocks.0.attn.qkv.weight", ())):
+        save_file({name: torch.zeros(shape)}, tmp_path / "x.safetensors")
+        assert "no architecture can be read from it" in says(load_vision, "dinov2", tmp_path / "x.safetensors")
+    save_file({"net": torch.zeros(1), "lins": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert "LPIPS are missing" in says(load_lpips, "vgg", [tmp_path / "x.safetensors"])
+
+
 def test_a_pipeline_that_is_entered_from_within(tmp_path, monkeypatch):
     for folder, settings in (("unet", {}), ("scheduler", dict(_class_name="EulerDiscreteScheduler", prediction_type="v_prediction"))):
         (tmp_path / folder).mkdir()
@@ -410,6 +444,16 @@ def test_pairs_that_changed_between_two_launches(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         say_what_changed(argparse.Namespace(**vars(args) | dict(prompts_digest="b")), tmp_path)
     assert "ODE pairs" in said.getvalue()
+
+
+def test_a_checkpoint_that_changed_between_two_launches(tmp_path):
+    args = argparse.Namespace(script="adm", model="tiny-sdxl", init=None, ckpt=None, text_ckpt=None, tokenizers="",
+                              size=[32, 32], no_t5=False, teacher_files=dict(checkpoint="a", tokenizers="b"))
+    (tmp_path / "config.json").write_text(json.dumps(dict(args=vars(args))))
+    now = argparse.Namespace(**vars(args) | dict(teacher_files=dict(checkpoint="c", tokenizers="b")))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        say_what_changed(now, tmp_path)
+    assert "last started: what is in the file of --ckpt\n" in said.getvalue()
 
 
 # ---- without bound -----------------------------------------------------------------------------------------

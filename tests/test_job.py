@@ -158,6 +158,20 @@ def test_resume_says_which_flags_changed(copy, capsys):
     assert f"changed since this run was last started: --save-every 500 (was 1), --steps 2 (was {ROW.steps})\n" in capsys.readouterr().out
 
 
+def test_a_state_without_its_runs_settings_is_refused(copy):
+    """They say what the networks predict: a run from a generator of velocity would go on as one of epsilon."""
+    (copy / "config.json").unlink()
+    assert refusal(*SMALL, "--max-iter", 3, "--resume", "--out", copy) == (
+        f"{copy}: no config.json of the run that saved the state, which alone says what its networks predict; expected it "
+        "beside state/")
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train(*SMALL, "--max-iter", 1, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["git"] == ""
+
+
 def test_resume_starts_where_no_state_is_complete(tmp_path, finished, capsys):
     """The command of every requeue is that of the first launch."""
     out = tmp_path / "run"

@@ -9,6 +9,7 @@ import adm
 import sample
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.diffusion import generator_times, teacher_times
+from models.pictures import save_png
 from models.presets import PRESETS
 from models.shards import fingerprint
 
@@ -249,6 +250,14 @@ def test_a_folder_with_samples_of_other_settings_is_refused(tmp_path, full):
         assert str(caught.value) == (f"{tmp_path}: 000.png is of other settings: {differences}; "
                                      "expected another --out, or this one emptied")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_another_process_fills_while_this_one_loads(tmp_path, monkeypatch):
+    def hold(out):
+        save_png(out / "000.png", torch.zeros(3, 8, 8), {"prompt": "x", "model": "tiny-sdxl"})
+    monkeypatch.setattr(sample, "hold", hold)
+    with pytest.raises(InputError, match="000.png is of other settings: .*model tiny-sdxl"):
+        pictures(tmp_path, "--count", 2)
 
 
 def test_the_same_settings_again_shorter_or_longer(tmp_path):

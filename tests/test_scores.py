@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -501,6 +502,9 @@ def test_another_network_than_the_flag_says(tmp_path):
     save_file(zeros, tmp_path / "clip.safetensors")
     with pytest.raises(InputError, match="holds a ViT-B-32; expected ViT-L-14, another --clip-backbone takes it"):
         load_scorer("clip", tmp_path / "clip.safetensors", TOKENIZER, backbone="ViT-L-14")
+    for kind in ("pickscore", "hpsv2"):  # both are of one backbone
+        with pytest.raises(InputError, match="holds a ViT-B-32; expected ViT-H-14$"):
+            load_scorer(kind, tmp_path / "clip.safetensors", TOKENIZER)
 
 
 def test_hpsv2_says_what_it_assumes(tmp_path, capsys):
@@ -580,6 +584,27 @@ def test_a_pickle_that_asks_for_a_call_is_refused(tmp_path):
     with pytest.raises(InputError, match="evil.pt: refused, .*it calls posix.system"):
         load_scorer("mps", tmp_path / "evil.pt")
     assert not mark.exists()
+
+
+def test_an_archive_with_two_directories_is_refused(tmp_path):
+    """torch finds the directory by the offset at the end of a file, zipfile just before that end: a file that is a
+    pickle to one may be a program, which runs when it is loaded, to the other."""
+    program = archive(tmp_path / "a", b"", **{"constants.pkl": b"", "code": bytes(1000)}).read_bytes()
+    plain = archive(tmp_path / "b", pickle.dumps({}, 2)).read_bytes()
+    ends = [data.rindex(b"PK\5\6") for data in (program, plain)]
+    (start, size), (first, _) = (struct.unpack_from("<2L", data, end + 12)[::-1] for data, end in zip((program, plain), ends))
+    entries = bytearray(plain[first:ends[1]])  # moved behind the program, and filled to the other directory's size
+    last = entries.rindex(b"PK\1\2")
+    for at in (0, last):
+        place, = struct.unpack_from("<L", entries, at + 42)
+        struct.pack_into("<L", entries, at + 42, place + start - first)
+    struct.pack_into("<H", entries, last + 32, size - len(entries))
+    (tmp_path / "x.pth").write_bytes(program[:ends[0]] + plain[:first] + entries.ljust(size, b" ") + program[ends[0]:])
+    assert zipfile.ZipFile(tmp_path / "x.pth").namelist() == ["archive/data.pkl", "archive/version"]
+    assert "constants.pkl" in torch._C.PyTorchFileReader(str(tmp_path / "x.pth")).get_all_records()
+    for read in (open_module, open_tensors):
+        with pytest.raises(InputError, match="two directories"):
+            read(tmp_path / "x.pth")
 
 
 def test_nothing_that_a_pickle_names_is_imported_or_changed(tmp_path):

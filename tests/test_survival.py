@@ -208,6 +208,17 @@ def test_ctrl_c_saves_and_a_signal_in_the_comparison_ends(tmp_path):
     assert (tmp_path / "run" / "generator_lora.safetensors").exists()
 
 
+def test_a_reader_of_the_output_that_ends_costs_no_updates(tmp_path):
+    """Such as tee, or a pager: the line of health after 100 updates would meet a broken pipe."""
+    process = start(tmp_path / "run", "--max-iter", 101, "--batch-size", 1, "--steps", 1)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "generator_lora.safetensors").exists()
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     """As nohup has it."""
     before = {number: signal.signal(number, handler) for number, handler in

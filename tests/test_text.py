@@ -305,6 +305,18 @@ def test_sources_agree(layouts, folder):
     assert (half.context - conds[0].context).norm() < 0.02 * conds[0].context.norm()
 
 
+@pytest.mark.parametrize("encoder, settings, said", [
+    ("text_encoder", {"hidden_act": "gelu"}, "hidden_act gelu; expected quick_gelu"),
+    ("text_encoder", {"num_attention_heads": 3}, "num_attention_heads 3; expected 1"),
+    ("text_encoder_2", {"hidden_act": "quick_gelu"}, "hidden_act quick_gelu; expected gelu"),
+    ("text_encoder_3", {"feed_forward_proj": "relu", "model_type": "t5"}, "feed_forward_proj relu; expected gated-gelu")])
+def test_settings_that_no_shape_tells(layouts, folder, encoder, settings, said):
+    hub, config = layouts[2], layouts[2] / encoder / "config.json"
+    config.write_text(json.dumps({"model_type": "clip_text_model", "vocab_size": 7} | settings))
+    with pytest.raises(InputError, match=f"{encoder}/config.json: {said}"):
+        SD3Text(text_parts(hub), load_tokenizers(folder))
+
+
 def test_single_file_may_lack_t5(layouts):
     _, separate, _, parts = layouts
     (separate / "t5xxl_fp16.safetensors").unlink()
@@ -393,6 +405,9 @@ def test_tokenizer_errors(tiny, folder, tmp_path):
     save_file(random_encoders(clip_tokens=50), tmp_path / "small.safetensors")
     with pytest.raises(InputError, match="tokenizer of 60 tokens; expected at most 50"):
         SD3Text(text_parts(tmp_path / "small.safetensors"), load_tokenizers(folder))
+    save_file(random_encoders(clip_tokens=61), tmp_path / "large.safetensors")  # another's ids would be ids here too
+    with pytest.raises(InputError, match="tokenizer of 60 tokens; expected at most 61"):
+        SD3Text(text_parts(tmp_path / "large.safetensors"), load_tokenizers(folder))
 
 
 # ---- SDXL --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import adp
 import avdm2
 import collect_odes
 import dmd
+from models.checkpoint import InputError
 from models.job import text_cache
 from models.shards import read_manifest
 
@@ -49,6 +50,23 @@ def cached(prompts):
 def test_the_same_bits_as_with_the_encoders(cached, prompts, tmp_path):
     train(*SMALL, "--prompts", prompts, "--out", tmp_path)
     assert losses(tmp_path) == cached[1]
+
+
+def test_another_run_may_add_prompts_while_one_trains(prompts, tmp_path, monkeypatch):
+    """The folder is locked while it is written, not until the run ends. What another process adds between the
+    reading and the writing is not swept away."""
+    train(*SMALL, "--prompts", prompts, "--cache-text", tmp_path / "text", "--out", tmp_path / "first")
+    code = "import pathlib, sys; from models.job.folder import hold; hold(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "text"], cwd=ROOT, check=True)
+
+    def load_text(*args, load=text_cache.load_text):
+        manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
+        (tmp_path / "text" / "manifest.json").write_text(json.dumps(manifest | dict(count=manifest["count"] + 1)))
+        return load(*args)
+    monkeypatch.setattr(text_cache, "load_text", load_text)
+    (tmp_path / "more.txt").write_text("a green triangle\n")
+    with pytest.raises(InputError, match="text: another run has added prompts meanwhile"):
+        train(*SMALL, "--prompts", tmp_path / "more.txt", "--cache-text", tmp_path / "text", "--out", tmp_path / "second")
 
 
 def test_the_encoders_are_not_loaded_again(cached, prompts, tmp_path, monkeypatch):

@@ -101,10 +101,10 @@ def load_lpips(net: str = "vgg", files: list[Path] | None = None, device="cpu") 
 
 def plain(name: str) -> str:
     """`net.slice2.3.weight` and `lins.0.model.1.weight` of the lpips package by the files' own names."""
-    parts = name.split(".")
-    if parts[0] == "net" and parts[1].startswith("slice"):
-        return ".".join(["features", *parts[2:]])
-    return f"lin{parts[1]}.{'.'.join(parts[2:])}" if parts[0] == "lins" else name
+    first, second, *rest = [*name.split("."), ""]
+    if first == "net" and second.startswith("slice"):
+        return ".".join(["features", *rest[:-1]])
+    return f"lin{second}.{'.'.join(rest[:-1])}" if first == "lins" and rest else name
 
 
 def resized(image: Image.Image) -> Tensor:

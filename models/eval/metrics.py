@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.checkpoint import InputError, replacing, some
 from models.parse import parse_json
-from models.data import append_jsonl, lines_of
+from models.data import append_jsonl, check_text, lines_of
 from models.pictures import PICTURES, VIDEOS, picture, read_text
 from models.progress import bar
 from models.shards import fingerprint
@@ -93,6 +93,7 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
             if not path.is_file():
                 raise InputError(f"{path}: no file; expected a picture or a video")
             text = read_text(path)
+            check_text(text.get("prompt", ""), str(path))  # JSON of an MP4 can hold what no tokenizer takes
         except InputError as error:
             broken[str(path)] = str(error)
             continue

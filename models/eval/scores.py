@@ -195,16 +195,21 @@ def tokenizer_for(net: CLIPModel, given, ckpt, repo: str) -> CLIPTokenizer:
     return tokenizer
 
 
+def check_backbone(path: Path, net: CLIPModel, backbone: str, advice: str = "") -> None:
+    vision = net.config.vision_config
+    size = vision.hidden_size, vision.patch_size
+    found = [name for name, (*_, published) in BACKBONES.items() if size == published]
+    if found not in ([], [backbone]):
+        raise InputError(f"{path}: holds a {found[0]}; expected {backbone}{advice}")
+
+
 def clip_scorer(ckpt, tokenizer, device, backbone="ViT-g-14", pipeline="plain") -> Scorer:
     repo, tag, _ = one_of("backbone", backbone, BACKBONES)
     preprocess = one_of("pipeline", pipeline, {"plain": clip_pixels, "dmd2": dmd2_pixels})
     path = weights("clip", HUB_FILES if tag == "openai" else OPEN_CLIP_FILES + HUB_FILES, ckpt, repo)
     net = load_clip(open_tensors(path), "quick_gelu" if tag == "openai" else "gelu").to(device)
     vision, text = net.config.vision_config, net.config.text_config
-    size = vision.hidden_size, vision.patch_size
-    found = [name for name, (*_, published) in BACKBONES.items() if size == published]
-    if found not in ([], [backbone]):
-        raise InputError(f"{path}: holds a {found[0]}; expected {backbone}, another --clip-backbone takes it")
+    check_backbone(path, net, backbone, ", another --clip-backbone takes it")
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-L-14"][0])
     prefix = tok("a photo depicts").input_ids[1:-1] if pipeline == "dmd2" else []
 
@@ -220,6 +225,7 @@ def clip_scorer(ckpt, tokenizer, device, backbone="ViT-g-14", pipeline="plain") 
 def pick_scorer(ckpt, tokenizer, device) -> Scorer:
     path = weights("pickscore", HUB_FILES, ckpt, "yuvalkirstain/PickScore_v1")
     net = load_clip(open_tensors(path), "gelu").to(device)
+    check_backbone(path, net, "ViT-H-14")
     tok = tokenizer_for(net, tokenizer, ckpt, BACKBONES["ViT-H-14"][0])
     window = net.config.text_config.max_position_embeddings
     return Scorer("PickScore_v1", partial(clip_pixels, size=net.config.vision_config.image_size, crop="hf"),
@@ -235,6 +241,7 @@ def hps_scorer(ckpt, tokenizer, device, version: str | None = None) -> Scorer:
     if path.name in set(HPS_FILES.values()) - {HPS_FILES[version]}:
         raise InputError(f"{path}: another version; expected {HPS_FILES[version]} for {version}")
     net, described = load_clip(open_tensors(path), "gelu").to(device), version
+    check_backbone(path, net, "ViT-H-14")
     if path.name != HPS_FILES[version] and not given:
         described += " assumed"
         print(f"{path}: HPS {version} assumed, as neither {HPS_FILES['v2.0']} nor {HPS_FILES['v2.1']} is its "

@@ -94,6 +94,13 @@ def hold(out: Path) -> None:
     file.flush()
 
 
+def release(out: Path) -> None:
+    """End this process's lock of a folder before the process ends."""
+    for file in [file for file in HELD if Path(file.name) == out / "lock"]:
+        HELD.remove(file)
+        file.close()
+
+
 # ---- continuing --------------------------------------------------------------------------------------------
 
 def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] | None:
@@ -104,7 +111,11 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
     dist.broadcast_object_list(holder)  # a network disk may show every node another list
     states, refused = holder[0], []
     if states:
-        say_what_changed(args, states[0].resolve().parent.parent)
+        started = states[0].resolve().parent.parent
+        if states[0].exists() and not run_settings(started):
+            raise InputError(f"{started}: no config.json of the run that saved the state, which alone says what its "
+                             "networks predict; expected it beside state/")
+        say_what_changed(args, started)
     for path in states:
         fault, faults = "", [None] * dist.get_world_size()
         try:
@@ -136,9 +147,14 @@ def say_what_changed(args: argparse.Namespace, started: Path) -> None:
     InputError for another script, --model or --init than that of the run in the folder `started`."""
     before, now = run_settings(started), json.loads(json.dumps(vars(args), default=str))
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
-               if name not in ("out", "resume", "max_iter", "prompts_digest") and now.get(name, value) != value]
+               if name not in ("out", "resume", "max_iter", "prompts_digest", "teacher_files")
+               and now.get(name, value) != value]
     data = {"adp": "ODE pairs", "avdm2": "clips"}.get(args.script, "prompts")
     changed += [data] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+    files, were = now.get("teacher_files", {}), before.get("teacher_files", {})
+    changed += [f"what is in the file of --{flag}" for flag, name in (
+        ("ckpt", "checkpoint"), ("text-ckpt", "text_ckpt"), ("tokenizers", "tokenizers"), ("motion-ckpt", "motion"))
+        if name in files and files[name] != were.get(name, files[name])]
     for name, said in (("script", ""), ("model", "--model ")):
         if (was := before.get(name, now[name])) != now[name]:
             raise InputError(f"--resume: {started} holds a run of {said}{was}; this one is of {said}{now[name]}")
@@ -156,8 +172,8 @@ def open_folder(args: argparse.Namespace, preset: Preset, out: Path, gen_iter: i
             shutil.rmtree(state)
     data.truncate_jsonl(out / "metrics.jsonl", "global_iter", global_iter)
     data.truncate_jsonl(out / "evaluation.jsonl", "gen_iter", gen_iter)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True).stdout.strip()
+    git = "" if not shutil.which("git") else subprocess.run(  # many containers have none
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     config = dict(args=vars(args), preset=preset._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
                   world_size=dist.get_world_size())
     with replacing(out / "config.json") as temporary:

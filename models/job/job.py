@@ -25,7 +25,7 @@ from models.diffusion import Denoiser, generator_times, teacher_times
 from models.job.families import FAMILIES
 from models.job.flags import exact, read_training_prompts
 from models.job.folder import check_unused, hold, noted, open_folder, resume, run_folder, writing
-from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg
+from models.job.networks import export, latent_shape, load_vae, open_denoiser, student_cfg, teacher_files
 from models.job.log import Log, health
 from models.job.notes import check_teacher
 from models.job.sampling import NotFinite, deviations, generate
@@ -33,7 +33,7 @@ from models.job.text_cache import open_text
 from models.parallel import any_rank, barrier, count_stuck, is_main, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
-from models.progress import bar, tell
+from models.progress import bar, drop_closed_streams, tell
 from models.state import save_state
 from models.text import Cond
 
@@ -51,8 +51,7 @@ class Job:
         # Ranks that share the tokens of their samples have the same samples.
         M, group = args.micro_batch, args.sequence_parallel
         rank, world = dist.get_rank() // group, dist.get_world_size() // group
-        # Global sample indices of this rank's micro-batches.
-        # Draws depend on these, not on the number of ranks.
+        # Global sample indices of this rank's micro-batches: draws depend on these, not on the number of ranks.
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
         self.latent_shape, self.fps = latent_shape(args, preset), FAMILIES[preset.family].fps
@@ -69,6 +68,7 @@ class Job:
             self.c_null = self.random_conditions([0])
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
+            args.teacher_files = teacher_files(args, preset)  # config.json keeps them, and --resume compares them
             check_teacher(open_denoiser(args, preset))  # a wrong file is refused before the text encoders' long download
             print0(f"loading {args.model}")
             self.vae = load_vae(args, preset, device)
@@ -125,8 +125,7 @@ class Job:
                        f"size is lost to float32 rounding in {100 * stuck / total:.1f} % of them")
         rank, usual = getattr(args, "lora_rank", self.preset.lora_rank), self.preset.lora_rank
         if bool(rank) != bool(usual) and args.lr_theta == self.preset.lr_theta:
-            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {usual}, "
-                   f"not for {rank}")
+            print0(f"note: --lr-theta {args.lr_theta:g} is the preset's for --lora-rank {usual}, not for {rank}")
         main = is_main() and not args.profile
         if main:
             with writing(self.out):
@@ -193,6 +192,7 @@ class Job:
     def end(self, log: Log, gen_iter: int) -> bool:
         """Log, save when due. True: stop now (SIGTERM). InputError after MAX_BAD non-finite ones in a row."""
         args, due = self.args, gen_iter > self.gen_iter
+        drop_closed_streams()  # a reader of this output that has ended costs no updates
         self.gen_iter = gen_iter
         self.bad = 0 if log.finite() else self.bad + 1
         self.skipped += not log.finite()

@@ -66,7 +66,7 @@ def open_denoiser(args, preset: Preset, init: Path | None = None) -> Tensors:
     tensors = family.open_denoiser(args, preset, init)
     try:
         config = family.config_from_shapes(tensors.shapes)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, ArithmeticError):
         config = {}  # a tensor that tells a size is missing or mis-shaped: `check_names` names it
     check_config(args, tensors, config, preset.config)
     with torch.device("meta"):
@@ -232,7 +232,7 @@ def load_vae(args, preset: Preset, device: torch.device) -> nn.Module:
         tensors = family.open_vae(args, preset)
         try:
             config = family.vae_config_from_shapes(tensors.shapes)
-        except LookupError:
+        except (LookupError, ArithmeticError):
             config = {}  # `checkpoint.load` names the tensor
         except ValueError as error:
             raise InputError(f"{tensors.path}: {error}") from error
@@ -320,7 +320,6 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
             lora.save_kohya(out / "generator_lora_comfyui.safetensors", *saved, family.names.dotted)
         return
     named = [*G_theta.net.named_parameters(), *G_theta.net.named_buffers()]
-    prefix = DENOISER if family.single_file else ""
     weights = {name: p.to(DTYPES[args.export_dtype]) for name, p in full_tensors(named)}
     if is_main():
         lost = [name for name, p in weights.items() if not p.isfinite().all()]
@@ -328,11 +327,12 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
             raise InputError(f"{out}: the generator is not exported, because --export-dtype {args.export_dtype} "
                              f"overflows in {checkpoint.some(lost)}; expected bf16 or fp32")
         weights, motion = split_motion(weights)
-        weights = {prefix + name: p for name, p in weights.items()}
+        weights = {DENOISER * family.single_file + name: p for name, p in weights.items()}
         others = beside_denoiser(args, preset) if family.single_file else {}
         metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": family.names.architecture,
                      "modelspec.title": f"{args.model}, {args.steps} steps",
                      "modelspec.implementation": f"https://github.com/{family.names.implementation}"}
+        (out / MOTION).unlink(missing_ok=True)  # an earlier export's would be taken for the new UNet's
         checkpoint.save_safetensors(out / "generator.safetensors", weights | others, metadata)
         if motion:
             checkpoint.save_safetensors(out / MOTION, motion, metadata)

@@ -96,7 +96,9 @@ def check_adapter(tensors: Tensors, preset: Preset) -> None:
     its tensors may fit all the same."""
     architecture = tensors.metadata.get("modelspec.architecture", "").lower()
     found = other_prediction(tensors.metadata, preset)
-    if other_architecture(architecture, preset):
+    size = re.match(r"stable-diffusion-(?:v?3[.-]5|v?3-m)", architecture)  # SD3 and SD3.5 Medium have the same shapes
+    sized = preset.family == "mmdit" and size and ("5" in size[0]) != preset.config["qk_norm"]
+    if sized or other_architecture(architecture, preset):
         found.append(f"of another model (modelspec.architecture {short(architecture, 60)})")
     if found:
         raise InputError(f"{tensors.path}: an adapter {found[0]}; expected one of a network that predicts "

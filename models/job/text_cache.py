@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models import shards
 from models.checkpoint import InputError
 from models.job.families import FAMILIES
-from models.job.folder import check_out, hold
+from models.job.folder import check_out, hold, release
 from models.job.networks import DTYPES, load_text, teacher_files
 from models.job.sampling import note_overlong
 from models.parallel import barrier, is_main, print0
@@ -103,6 +103,9 @@ def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None]
     rank, world, null = dist.get_rank(), dist.get_world_size(), text.unconditional()
     if is_main():
         hold(folder)
+        known = shards.read_manifest(folder, "text") if (folder / "manifest.json").exists() else manifest
+        if known != manifest:  # what is swept would be the other's
+            raise InputError(f"{folder}: another run has added prompts meanwhile; expected this one to be started again")
         shards.sweep_shards(folder, manifest)
     barrier()  # nobody writes before that is swept
     parts = [(first + i, left[i:i + SHARD]) for i in range(0, len(left), SHARD)]
@@ -115,4 +118,6 @@ def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None]
         for entry in filter(None, gathered or ()):
             manifest["count"] += entry["count"]
             shards.add_shard(folder, manifest, entry)
+    if is_main():
+        release(folder)  # other runs may add to it while this one trains
     barrier()  # the manifest is written before it is read
