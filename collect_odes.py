@@ -119,7 +119,8 @@ def main(args):
     prompts = data.read_prompts(args.prompts)
     check_teacher(networks.open_denoiser(args, preset))
     same = settings(args, preset)
-    if is_main():  # before the manifest is read: another process may be adding to it
+    new = not args.out.exists()
+    if is_main() and not new:  # before the manifest is read: another process may be adding to it
         hold(args.out)
     barrier()
     manifest, todo = plan(args, same)
@@ -132,6 +133,8 @@ def main(args):
     barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():
         hold(args.out)
+        if new and (args.out / "manifest.json").exists():
+            raise InputError(f"{args.out}: another process has begun it meanwhile; expected this one to be started again")
         shards.write_manifest(args.out, manifest)
         shards.sweep_shards(args.out, manifest)
     progress = bar(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),

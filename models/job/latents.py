@@ -83,12 +83,14 @@ def encode_clips(vae: AutoencoderKL, clips: Clips, model: str, folder: Path, cou
     same = dict(kind="latents", model=model, size=clips.size, latent_shape=shape, stride=clips.stride,
                 seed=clips.seed, shard_size=shard_size, table=shards.sha256(clips.table), videos=len(clips),
                 vae=vae_digest(vae))
+    if is_main():  # before the manifest is read: another process may be adding to it
+        hold(folder)
+    barrier()
     manifest, todo = shards.resume_shards(folder, "latents", json.loads(json.dumps(same)), count, shard_size)
     left = sum(n for _, n in todo)
     print0(f"{folder}: latents of {count} clips, {left} left, {left * 2 * math.prod(shape) / 1e9:.3g} GB")
     barrier()  # every rank has read the folder before rank 0 writes there
     if is_main():
-        hold(folder)
         shards.write_manifest(folder, manifest)
         shards.sweep_shards(folder, manifest)
     rank, world = dist.get_rank(), dist.get_world_size()
