@@ -20,10 +20,10 @@ from models.job import parsers
 def parse_args(argv=None):
     parser, add = parsers.distillation_parser(__file__, __doc__)
     parsers.add_discriminator_flags(parser, add)
-    add("--dt", type=float, default=1 / 64, help="of the step that D_tau compares, Sec. 4.1; on DDPM grids rounded to i/1000")
+    add("--dt", type=float, default=1 / 64, help="of the PF-ODE step in Alg. 1 l. 20, 21; on DDPM grids rounded")
     add("--r1", type=float, default=0.0, metavar="WEIGHT", help="of a penalty on D_tau's slope, not in the paper")
     add("--normalise", action="store_true",
-        help="give each sample's gradient at x_hat_0 one length, as Eq. (5) does; not in the paper")
+        help="divide each sample's gradient at x_hat_0 by its mean absolute value; not in the paper")
     add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
     return parser.parse_args(argv)
 
@@ -54,7 +54,7 @@ from models.job.job import Job
 from models.parallel import adamw, init_distributed, set_trainable
 
 
-NEAR = 0.03  # of latents of deviation 1: the step of --r1's finite difference, a penalty without second derivatives
+NEAR = 0.03  # step of the finite difference by which --r1 estimates D_tau's slope; latents have deviation 1
 
 
 def main(args):
@@ -150,9 +150,8 @@ def main(args):
             log.gradient(t, accumulation * len(t) * x_hat_0.grad, x_0_fake - x_0_real)
             job.phase("generator")
 
-            # update discriminator D_tau. [differs] Its gradient is taken before l. 22 and not after:
-            # that step changes neither tau nor this pair, so the gradient is the same and
-            # x_fake's features serve twice.
+            # update discriminator D_tau. [differs] Its gradient is taken before l. 22. That step changes
+            # neither tau nor x_fake and x_real: the gradient is the same, and x_fake's features serve twice.
             set_trainable(tau, True)
             with torch.no_grad():
                 h_real = D_tau.features(x_real, s, c)

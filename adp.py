@@ -22,14 +22,14 @@ def parse_args(argv=None):
     parser, add = parsers.training_parser(__file__, __doc__)
     parser.set_defaults(model="tiny-sdxl")
     add("--pairs", type=Path, help="folder of collect_odes.py; default runs/odes-MODEL")
-    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py, as --loss mse")
+    add("--init", type=Path, metavar="RUN", help="start the generator from this run of adp.py, such as of --loss mse")
     add("--lora-rank", type=int, default=0, help="rank of the generator's adapter; 0 trains all weights")
     add("--steps", type=int, help="steps at which the generator is sampled and compared")
     add("--loss", choices=("gan", "mse"), default="gan", help="mse: rectified flow, no discriminator")
     add("--lambdas", type=float, nargs=2, metavar=("LATENT", "PIXEL"), default=(0.85, 0.15),
         help="weights of the two discriminators, Eqs. (9), (10); one of weight 0 is not built")
     add("--pixel-encoder", choices=("sam", "dinov2"), default="sam", help="of the pixel discriminator")
-    add("--pixel-ckpt", type=Path, help="its weights; without them the Hugging Face hub is asked")
+    add("--pixel-ckpt", type=Path, help="weights of the pixel encoder; default: the preset's for sam, else the hub's")
     parsers.add_discriminator_flags(parser, add)
     return parser.parse_args(argv)
 

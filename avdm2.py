@@ -25,7 +25,7 @@ def parse_args(argv=None):
     parsers.add_clip_flags(parser)
     add("--init", type=Path, metavar="RUN", help="start the generator from this run of avdm2.py")
     add("--teacher-2d", type=Path,
-        help="any SD1.5 single file, whose UNet's style the frames take; text encoder and VAE are --ckpt's; default: --ckpt")
+        help="SD1.5 file whose UNet scores the frames; text encoder and VAE stay --ckpt's; default: --ckpt")
     add("--steps", type=int, help="N, steps of the generator")
     add("--rollout", choices=("renoise", "ode"), default="renoise",
         help="between the generator's steps: fresh noise, or the ODE")
@@ -34,7 +34,7 @@ def parse_args(argv=None):
     add("--lambdas", type=float, nargs=2, metavar=("SDM", "GAN"), help="weights in Eq. (9)")
     add("--cfg", type=float, nargs=1, metavar="W", help="guidance of the score matching's teacher")
     add("--ttur", type=int, default=2, help="updates of the fake model and of D per update of the generator")
-    add("--warmup", type=int, metavar="PASSES", help="until the learning rates are whole")
+    add("--warmup", type=int, metavar="PASSES", help="passes over which the learning rates rise from 0")
     add("--lr-motion", type=float, help="of the generator's motion modules; --lr-theta is its UNet's")
     add("--lr-psi", type=float, help="learning rate of the fake model")
     parsers.add_discriminator_flags(parser, add)
@@ -104,12 +104,11 @@ def main(args):
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
     job.start(**roles)
-    frames = dict(F_2d=F_sdm) if args.sdm == "2d" else {}  # before F_phi, whose module it may be
+    frames = dict(F_2d=F_sdm) if args.sdm == "2d" else {}  # first: a shared module counts for the first role
     job.watch(**frames, F_phi=F_phi, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}), D_tau=D_tau.F_phi)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas
-    scale = args.cfg[0]
 
     def pick(name, indices, *values):  # --sdm 2d: the values at K frames of each clip, drawn without replacement
         if args.sdm == "video":
@@ -155,18 +154,18 @@ def main(args):
                     x_K, eps, t, *c_K = pick("K", indices, x, eps, t, *c)              # Alg. 1 l. 8
                     x_t = q(F_sdm.schedule, x_K, t, eps)                               # Alg. 1 l. 9
                     with torch.no_grad():
-                        w = torch.full_like(t, scale)
+                        w = torch.full_like(t, args.cfg[0])
                         _, x_0_fake = ode_step(f_psi, x_t, t, tn[0], c_K)
                         _, x_0_real = ode_step(F_sdm, x_t, t, tn[0], c_K, job.c_null, w)
                     # [choice] Eq. (8)'s norm is each frame's, also with --sdm video
-                    frames = [y.flatten(0, -4) for y in (x_K, x_0_fake, x_0_real)]
-                    loss_sdm = dmd_loss(*frames)                                       # Alg. 1 l. 10, Eq. (8)
+                    per_frame = [y.flatten(0, -4) for y in (x_K, x_0_fake, x_0_real)]
+                    loss_sdm = dmd_loss(*per_frame)                                    # Alg. 1 l. 10, Eq. (8)
                     grad_sdm, = torch.autograd.grad(lambda_sdm * loss_sdm, x)
                     loss_theta = loss_theta + lambda_sdm * loss_sdm
                     log.add(sdm=loss_sdm)
                     job.phase("SDM")
                 x_hat_0.backward((grad_gan + grad_sdm) / accumulation)                 # Alg. 1 l. 11, Eq. (9)
-                norms = [grad.flatten(1).norm(dim=1).sum() for grad in (grad_gan, grad_sdm)]  # means over clips
+                norms = [grad.flatten(1).norm(dim=1).sum() for grad in (grad_gan, grad_sdm)]  # losses are means
                 log.add(loss_theta=loss_theta, gan=loss_gan, grad_gan=norms[0], grad_sdm=norms[1])
                 job.phase("generator")
             x_hat_0 = x_hat_0.detach()

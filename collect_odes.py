@@ -19,7 +19,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("pairs").add_argument
     add("--prompts", type=Path, nargs="+",
         help=".txt, .jsonl, .csv, .tsv or .json; in their order, again and again")
-    add("--count", type=int, help="pairs in all")
+    add("--count", type=int, help="pairs in all; default: the preset's")
     add("--cfg", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance scale, uniform per pair")
     add("--steps", type=int, help="of the ODE; default: the teacher's full steps")
     add("--shift", type=float, help="of the ODE's times; default: the preset's")
@@ -134,7 +134,7 @@ def main(args):
     if is_main():
         hold(args.out)
         if new and (args.out / "manifest.json").exists():
-            raise InputError(f"{args.out}: another process has begun it meanwhile; expected this one to be started again")
+            raise InputError(f"{args.out}: another process began to fill it; run this command again")
         shards.write_manifest(args.out, manifest)
         shards.sweep_shards(args.out, manifest)
     progress = bar(total=args.count, initial=args.count - sum(n for _, n in todo), disable=not is_main(),

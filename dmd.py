@@ -114,9 +114,9 @@ def main(args):
             z_g = job.noise("z_g", indices)                                            # Alg. 1 l. 18
             t = random_time(F_phi.schedule, job.uniform("t", indices))                 # Alg. 1 l. 18
             x_t = q(F_phi.schedule, x_hat_0, t, z_g)                                   # Alg. 1 l. 19
-            with torch.no_grad():  # both to the end of the ODE, t_0 = 0
-                x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)
-                x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)
+            with torch.no_grad():
+                _, x_0_fake = ode_step(f_psi, x_t, t, tn[0], c)
+                _, x_0_real = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)
             loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)                         # Eqs. (5), (6)
             x_hat_0.retain_grad()
             (loss_theta / accumulation).backward()

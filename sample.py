@@ -7,9 +7,9 @@
 
 Writes OUT/000.png, 001.png, ... with prompt and settings in their text chunks, and OUT/grid.png; of videos
 000.mp4, ..., grid.mp4 and in grid.png six frames of each. An OUT with samples of other settings is refused:
-evaluate.py scores a folder as one generator's. A file that this project exported says how many steps it was
-trained for, and at which guidance, mostly none; then the generator's schedule is used. Everything else is
-sampled as a teacher: Euler or DDIM steps on the original's schedule with guidance.
+evaluate.py scores a folder as one generator's. An exported file says its steps and its guidance (mostly none)
+and is sampled on the generator's schedule, as is anything with --shift or --times. All else is sampled as a
+teacher: Euler or DDIM steps on the original's schedule with guidance.
 """
 from pathlib import Path
 
@@ -25,13 +25,13 @@ def parse_args(argv=None):
     add("--lora-scale", type=float, default=1.0, help="strength of --lora")
     add("--prompt", help="one prompt")
     add("--prompts", help=f"file, or a set by name: {', '.join(PROMPT_SETS)}; default: the preset's")
-    add("--count", type=int, help="pictures; prompts repeat with other noise. Default: one a prompt")
+    add("--count", type=int, help="pictures, for which prompts repeat with other noise; default: one a prompt")
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
     add("--shift", type=float, metavar="X",
         help="sample as a few-step student: even times, shifted by X (1: not), no guidance by default")
     add("--times", type=float, nargs="+", metavar="T", help="a student's times themselves, of 1 down, as 1 0.75 0.5 0.25")
     add("--renoise", action="store_true", help="fresh noise between the steps, as LCM and DMD2 are sampled")
-    add("--cfg", type=float, help="guidance scale; 1 is none. Default: the preset's, none for a generator")
+    add("--cfg", type=float, help="guidance scale, 1 for none; default: the teacher's, or the generator's, mostly none")
     add("--batch", type=int, default=4, help="pictures per forward")
     add("--out", type=Path, default=Path("samples"), help="folder, for samples of one generator and settings")
     return parser.parse_args(argv)

@@ -2,10 +2,10 @@
 
 Time t is a fraction of T in [0, 1], one value per sample. A schedule is named by a string and maps t to
 (alpha, sigma). "flow" is SD3's, alpha = 1 - t and sigma = t; "wan" is the same path, and differs in the times of
-the original sampler. The others are DDPM's betas on the grid
-t = i/1000: linear for "animatediff", else scaled-linear. "sdxl" (SD1.5 too) has them unchanged,
-"cogvideox-2b" and "cogvideox-5b" rescaled to alpha = 0 at t = 1. What a network predicts is a string too:
-"velocity" (eps - x_0, flow path), "epsilon", or "v" (alpha * eps - sigma * x_0).
+the original sampler. The others are DDPM's betas on the grid t = i/1000: linear for "animatediff", else
+scaled-linear. "sdxl" (SD1.5 too) has them unchanged, "cogvideox-2b" and "cogvideox-5b" rescaled to alpha = 0 at
+t = 1. What a network predicts is a string too: "velocity" (eps - x_0, flow path), "epsilon", or "v"
+(alpha * eps - sigma * x_0).
 The file stands alone: torch.
 
 Symbols: x_0 clean latent, eps noise, x_t noisy latent (B C H W or B T C H W), t and s = t - dt times (B,),
@@ -111,12 +111,12 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The times of the original samplers, ascending: 0 and N values.
 
     "flow" as SD3's: the end points are shifted before the linear spacing and the result again. "wan": 1/N, ...,
-    1, shifted, those of its DPM-Solver and of FlowMatchEuler; its default UniPC starts at 0.9998. "sdxl" as in
+    1, shifted, those of its DPM-Solver and of FlowMatchEuler; its default sampler, UniPC, starts at 0.9998. "sdxl" as in
     sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0. CogVideoX: DDPM
     indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
     1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
     if schedule == "animatediff":
-        index = (torch.arange(steps) * (1000 // steps) + 1).clamp(max=999)  # 1000 of 1000 steps
+        index = (torch.arange(steps) * (1000 // steps) + 1).clamp(max=999)  # with 1000 steps the last index would be 1000
         return torch.cat([torch.zeros(1), (index + 1) / 1000])
     if schedule in SNR_SHIFT:
         index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()
@@ -186,8 +186,8 @@ def ode_step(F: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, c: tuple, c_null: t
 
 def solve(F: Denoiser, x: Tensor, tn: Tensor, c: tuple, c_null: tuple | None = None,
           w: Tensor | None = None, renoise: Callable[[int], Tensor] | None = None) -> Tensor:
-    """From the last of the ascending times tn down to the first: along the PF-ODE, deterministic, or, with
-    `renoise`, x_0 of the n-th step (n = 1, 2, ...) is diffused with the noise renoise(n) to the next time."""
+    """From the last of the ascending times tn to the first, along the PF-ODE. With `renoise`, step n = 1, 2, ...
+    instead diffuses its x_0 to the next time with the noise renoise(n)."""
     for n, (t, s) in enumerate(zip(tn.flip(0)[:-1], tn.flip(0)[1:]), 1):
         x, x_0 = ode_step(F, x, t, s, c, c_null, w)
         if renoise and s > 0:

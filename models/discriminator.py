@@ -25,9 +25,8 @@ def hinge(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 
 
 def shrink_count(side: int) -> int:
-    """How many times a head halves a map whose shorter side is `side`: until it is <= 8, and at least twice
-    where 2 x 2 are left. At 1 x 1 GroupNorm sees a few channels of one pixel and erases their differences.
-    """  # [choice]
+    """How many times a head halves a map whose shorter side is `side`: until it is <= 8, and twice in any case that
+    leaves 2 x 2. At 1 x 1 GroupNorm sees a few channels of one pixel and erases their differences."""  # [choice]
     count = 0
     while side > 8 or (count < 2 and side >= 4):
         side, count = side // 2, count + 1

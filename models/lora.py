@@ -303,7 +303,7 @@ def save_diffusers(path: str | Path, net: nn.Module, names: Names, name: str,
     """The adapter as diffusers names it: q, k and v apart; fused ones each get a copy of the common down.
 
     An alpha other than the rank is in the metadata, which ComfyUI does not read: give it `save_kohya`'s file.
-    Every rank must call these two; rank 0 writes. `metadata`: strings to put beside.
+    Every rank must call this and `save_kohya`; rank 0 writes. `metadata`: strings to put beside.
     """
     tensors, modules, metadata = {}, [], dict(metadata or {})
     for module, (down, up) in lora_state(net, name).items():

@@ -42,8 +42,8 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
     """Process group and mesh, the same for torchrun and for a plain `python`: (device of this rank, mesh).
 
     The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks (default: those of one
-    node) holds one copy of every network (HSDP). Raises InputError when it does not divide the world size, and for
-    variables of torchrun's that are missing or damaged."""
+    node) holds one copy of every network (HSDP). Raises InputError when `shard_ranks` does not divide the world size, and
+    for variables of torchrun's that are missing or damaged."""
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # not started by torchrun: a group of one that needs no port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     try:
@@ -159,8 +159,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload: bool = 
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
-        # The root too: gathered by a last forward without gradient, its weights would miss the
-        # optimizer's step, and a change of requires_grad. With `keep` both call `reshard`.
+        # The root too: left gathered by a forward without gradient, its weights would miss the optimizer's step
+        # and changes of requires_grad. With `keep`, `update` and `set_trainable` call `reshard` instead.
         reshard_after_forward=not keep)
     # One process shares nothing and may have nothing to cast (adapters cast themselves): FSDP's hooks cost as
     # much as a tiny network itself.
@@ -269,7 +269,7 @@ def adamw(*groups: tuple[dict[str, nn.Parameter], float], betas: tuple[float, fl
 
 def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
     if any(p.requires_grad != on for p in params.values()):
-        reshard()  # whole weights are told when they are gathered
+        reshard()  # weights take requires_grad when they are gathered
     for p in params.values():
         p.requires_grad_(on)
 

@@ -26,8 +26,8 @@ class Preset(NamedTuple):
     file: str                           # "transformer/": a folder, with vae/ and text_encoder/ beside it
     text_files: tuple[str, ...]         # CLIP-L, CLIP-G, T5 in that repository; empty: inside the single file
     tokenizers: str                     # repository or folder with tokenizer/ and, for T5, tokenizer_3/
-    predicts: str                       # what the network outputs, and on which schedule
-    schedule: str
+    predicts: str                       # what the network outputs
+    schedule: str                       # and on which times
     latent_channels: int
     vae_factor: int                     # pixels per latent
     vae: dict                           # arguments of the VAE, checked against the file
@@ -41,7 +41,7 @@ class Preset(NamedTuple):
     # distillation
     steps: int                          # N
     cfg: tuple[float, float]            # guidance of the real score and of ODE pairs, uniform per sample
-    lora_rank: int                      # [choice] 64 for SD3-Medium; 0: all weights are trained
+    lora_rank: int                      # [choice] 64 where the generator is an adapter; 0: all weights
     lr_theta: float
     lr_psi: float
     lr_tau: float
@@ -70,8 +70,8 @@ class Preset(NamedTuple):
     base_2d: str = ""                   # row of the model that its single frames are of
     lr_motion: float = 0.0              # of the generator's motion modules; lr_theta is its UNet's
     lambdas: tuple[float, float] = (1.0, 5e-3)  # [choice] weights of score matching and of the GAN, Eq. (9)
-    warmup: int = 0                     # [choice] passes until the learning rates are whole
-    lr_decay: float = 0.0               # [choice] share of the updates, the last, in which all rates fall to 0
+    warmup: int = 0                     # [choice] passes over which the learning rates rise from 0
+    lr_decay: float = 0.0               # [choice] last share of the updates, over which all rates fall to 0
 
 
 PROMPTS = (
@@ -166,7 +166,7 @@ COGVIDEOX_2B = SD3._replace(
     steps=8, cfg=(5.0, 7.0), lora_rank=0, lr_theta=1e-7, batch_size=8, micro_batch=1,
     sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=49)
 
-# Not in the papers: learning rates of CogVideoX, guidance around the original's 5 and 6.  # [choice]
+# Not in the papers: CogVideoX's learning rates; guidance of 4 to 6, for originals of 6 (1.3B) and 5 (14B).  # [choice]
 WAN_1_3B = COGVIDEOX_2B._replace(
     family="wan",
     config=dict(depth=30, width=1536, heads=12, ffn_dim=8960, freq_dim=256, text_dim=4096, in_channels=16, patch=2),
@@ -199,7 +199,7 @@ PRESETS = {
     "animatediff": ANIMATEDIFF,
     "animatediff-v3": ANIMATEDIFF._replace(
         config=ANIMATEDIFF.config | dict(motion_mid=False), motion_file="v3_sd15_mm.ckpt"),
-    # Not in the paper: SD3.5-Large's guidance range, SD3-Medium's LoRA and learning rate.  # [choice]
+    # This model is not in the paper: guidance of SD3.5-Large, LoRA and learning rate of SD3-Medium.  # [choice]
     "sd3.5-medium": SD35._replace(
         config=SD3.config | dict(pos_grid=384, qk_norm=True, attn2=tuple(range(13))),
         repo="stabilityai/stable-diffusion-3.5-medium", file="sd3.5_medium.safetensors",

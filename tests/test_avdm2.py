@@ -630,7 +630,7 @@ ALGORITHM = {
     5: ['t, eps = gan_pair("eps", indices)'], 6: ["x_t = q(F_phi.schedule, x, t, eps)"],
     7: ["loss_gan = softplus(-D_tau(D_tau.features(x_t, t, c))).mean()"],
     8: ['t, eps = sdm_pair("eps_sdm", indices)', 'x_K, eps, t, *c_K = pick("K", indices, x, eps, t, *c)'],
-    9: ["x_t = q(F_sdm.schedule, x_K, t, eps)"], 10: ["loss_sdm = dmd_loss(*frames)"],
+    9: ["x_t = q(F_sdm.schedule, x_K, t, eps)"], 10: ["loss_sdm = dmd_loss(*per_frame)"],
     11: ["x_hat_0.backward((grad_gan + grad_sdm) / accumulation)", 'log.update("theta", opt_theta, warm)'],
     12: ['t, eps = sdm_pair("eps_psi", indices)'], 13: ["x_t = q(f_psi.schedule, x_K, t, eps)"],
     14: ["(loss_psi / accumulation).backward()", 'log.update("psi", opt_psi, warm)'],
@@ -657,5 +657,5 @@ def test_equations_are_cited_at_their_statements():
     found = dict(cited(SCRIPT, r"(?:Alg\. 1 l\. \d+, )?(Eq\. \(\d+\))"))
     assert found["Eq. (2)"].startswith("loss_psi = mse_loss(f_psi(x_t, t, c_K), target(")
     assert found["Eq. (6)"].startswith("loss_tau = ") and found["Eq. (7)"].startswith("loss_gan = softplus(-")
-    assert found["Eq. (8)"] == "loss_sdm = dmd_loss(*frames)" and found["Eq. (9)"].startswith("x_hat_0.backward(")
+    assert found["Eq. (8)"] == "loss_sdm = dmd_loss(*per_frame)" and found["Eq. (9)"].startswith("x_hat_0.backward(")
     assert found.keys() == {f"Eq. ({i})" for i in (2, 6, 7, 8, 9)}

@@ -280,8 +280,8 @@ def test_the_diff_to_adm_is_sec_4_1_3():
         "job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))",
         "job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)",
         't = random_time(F_phi.schedule, job.uniform("t", indices))',
-        "x_0_fake, _ = ode_step(f_psi, x_t, t, tn[0], c)",
-        "x_0_real, _ = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)",
+        "_, x_0_fake = ode_step(f_psi, x_t, t, tn[0], c)",
+        "_, x_0_real = ode_step(F_phi, x_t, t, tn[0], c, job.c_null, w)",
         "loss_theta = dmd_loss(x_hat_0, x_0_fake, x_0_real)",
     ]
     rest = iter(theirs)

@@ -41,7 +41,7 @@ class Family(NamedTuple):
     condition_shapes: Callable          # preset -> shapes (L D) of a prompt's context and (P,) of its vector
     sides: Callable                     # preset -> (pixels that a side is a multiple of, the largest or None)
     single_file: bool                   # the denoiser's file and its exports hold VAE and text encoders too
-    flags: tuple[str, ...]              # those of the flags not for every family that it takes
+    flags: tuple[str, ...]              # those it takes of the flags that some families refuse
     names: diffusers_names.Names        # which linear layers adapters sit on, and what LoRA files call them
     null_prompts: tuple[str, ...] = ()  # values of --null-prompt, the default first
     sized: bool = False                 # conditions hold the size of the pictures

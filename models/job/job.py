@@ -1,9 +1,9 @@
 """What training scripts do around their algorithm: batches, log, save, resume, samples, closing comparison.
 
 No loss is computed here. A script calls, in this order: `parsers.training_parser`, `flags.resolve`, `Job`,
-`networks.load_network`, `job.start`, and in its loop `job.begin`, `job.conditions`, `job.noise`, `log.add`,
-`log.update`, `job.end`; `job.finish` exports and compares. Scorers and evaluators are imported where they are
-used: a training run seldom needs them, and they take seconds.
+`networks.load_network`, `job.start`, `job.watch`, and in its loop `job.begin`, `job.conditions`, `job.noise`,
+`log.add`, `log.update`, `job.phase`, `job.end`, `job.look`; `job.finish` exports and compares. Scorers and
+evaluators are imported where they are used: a training run seldom needs them, and they take seconds.
 """
 import argparse
 import importlib.util
@@ -55,7 +55,7 @@ class Job:
         self.micro_batches = [list(range((k * world + rank) * M, (k * world + rank + 1) * M))
                               for k in range(args.batch_size // (world * M))]
         self.latent_shape, self.fps = latent_shape(args, preset), FAMILIES[preset.family].fps
-        self.latents, self.random = data.NoiseAhead(self.latent_shape, args.seed), []
+        self.draw_noise, self.random = data.NoiseAhead(self.latent_shape, args.seed), []
         self.gen_iter = self.global_iter = self.bad = self.skipped = 0
         self.history, self.board = deque(maxlen=100), None
         self.seconds, self.gib, self.evaluations = defaultdict(float), defaultdict(float), defaultdict(int)
@@ -90,7 +90,7 @@ class Job:
 
     def noise(self, name: str, indices: list[int]) -> Tensor:
         """Standard normal latents (B C H W), of videos (B T C H W)."""
-        return self.latents(self.global_iter, name, indices).to(self.device, non_blocking=True)
+        return self.draw_noise(self.global_iter, name, indices).to(self.device, non_blocking=True)
 
     def uniform(self, name: str, indices: list[int]) -> Tensor:
         """U[0, 1), (B,)."""
@@ -190,7 +190,7 @@ class Job:
             self.lap = time.perf_counter()
 
     def end(self, log: Log, gen_iter: int) -> bool:
-        """Log, save when due. True: stop now (SIGTERM). InputError after MAX_BAD non-finite ones in a row."""
+        """Log, and save when due. True: a signal asked to stop. InputError after MAX_BAD non-finite ones in a row."""
         args, due = self.args, gen_iter > self.gen_iter
         drop_closed_streams()  # a reader of this output that has ended costs no updates
         self.gen_iter = gen_iter
@@ -338,7 +338,7 @@ class Job:
 
     def print_profile(self) -> None:
         iterations = max(1, self.args.profile - 1)
-        samples = self.global_iter * sum(map(len, self.micro_batches))
+        samples = self.gen_iter * sum(map(len, self.micro_batches))  # an iteration: all up to a generator update
         lines = [(name, seconds / iterations, self.gib.get(name)) for name, seconds in self.seconds.items()]
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
         total, peak = sum(self.seconds.values()), max(self.gib.values(), default=None)

@@ -58,7 +58,7 @@ class Log:
         flat = iter(mean_over_ranks([v for m in means for v in m.flatten()]) if means else [])
         for name, m in zip(names, means):
             numbers = [next(flat) for _ in m.flatten()]
-            if m.ndim == 2:  # sums and counts
+            if m.ndim == 2:
                 half = len(numbers) // 2
                 numbers = [total / count if count else None for total, count in zip(numbers[:half], numbers[half:])]
             self.record[name] = numbers if m.ndim else numbers[0]
@@ -70,7 +70,7 @@ class Log:
                  if key.startswith(("loss_", "grad_norm_")) and not math.isfinite(value)]
         if wrong and is_main():
             tqdm.write(f"iteration {values.get('global_iter')}: {some(wrong, 6)} not finite, so that update is "
-                       f"skipped; {values.get('skipped')} iterations with such until now")
+                       f"skipped; {values.get('skipped')} such iterations so far")
 
     def finite(self) -> bool:
         return all(math.isfinite(v) for k, v in self.record.items() if k.startswith(("loss_", "grad_norm_")))

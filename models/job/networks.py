@@ -174,8 +174,8 @@ def open_lora(args, preset: Preset) -> dict[str, list[lora.Piece]]:
 
 
 def teacher_files(args, preset: Preset) -> dict:
-    """What tells the teacher and the conditions of ODE pairs apart from others: of files that the hub gives, nothing.
-    Raises InputError for files that cannot be read."""
+    """Fingerprints of the teacher's and the text encoders' local files, and the settings that change conditions.
+    Nothing of files that the hub gives. Raises InputError for files that cannot be read."""
     family = FAMILIES[preset.family]
     found = dict(checkpoint=fingerprint(source(args, preset).path), no_t5=args.no_t5)
     for flag, usual in (("text_ckpt", None), ("tokenizers", preset.tokenizers)):
@@ -262,8 +262,8 @@ def new_discriminator(args, preset: Preset, F_phi: Denoiser, mesh: DeviceMesh, d
     taps = F_phi.net.tap_shapes(*(shape if preset.frames else shape[-2:]))
     small = [name for name, tap in taps.items() if kind is Discriminator and not shrink_count(min(tap[-2:]))]
     if small:
-        print0(f"note: {len(small)} of D's {len(taps)} heads {'would be' if len(small) < len(taps) else 'are'} linear "
-               f"({', '.join(map(str, small))}): their maps are too small to be halved")
+        said = "D has no head on" if len(small) < len(taps) else "D's heads are linear on"
+        print0(f"note: {said} {', '.join(map(str, small))}, whose maps are too small to be halved")
     taps = {name: tap for name, tap in taps.items() if name not in small} or taps  # [choice] linear ones are noise
     return shard_heads(args, lambda: kind(F_phi, tuple(taps), [*taps.values()], preset.head_width), mesh, device)
 

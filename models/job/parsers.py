@@ -97,7 +97,7 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     algorithm("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     algorithm("--lr-theta", type=float, help="learning rate of the generator")
     algorithm("--shift", type=float, help="of the generator's times, and of a flow teacher's")
-    algorithm("--lr-decay", type=float, metavar="SHARE", help="of the updates, the last, in which all rates fall to 0")
+    algorithm("--lr-decay", type=float, metavar="SHARE", help="last share of the updates, over which all rates fall to 0")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
     add("--resume", nargs="?", const="newest", metavar="STATE",
@@ -113,7 +113,7 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     add("--evaluate-metrics", nargs="+", choices=("shapes", "clip", "pickscore", "hpsv2", "mps"),
         metavar="METRIC", help="default: shapes for the tiny models, clip for others (evaluate.py)")
     add = parser.add_argument_group("profiling").add_argument
-    add("--profile", type=int, metavar="K", help="K iterations, then seconds, GiB and evaluations per phase")
+    add("--profile", type=int, metavar="K", help="K generator updates, then seconds, GiB and evaluations per phase")
     add("--random-weights", action="store_true", help="full-size networks, no checkpoint or text encoders")
     return parser, algorithm
 
