@@ -86,7 +86,7 @@ def open_file(path: Path) -> Tensors:
 def weights_in(folder: Path) -> Path:
     """The one checkpoint of a folder: an index before its shards, safetensors before pickles."""
     kinds = (".safetensors.index.json", ".safetensors", ".index.json", *TORCH_SUFFIXES)
-    for pattern in ("*" + kind for kind in kinds):
+    for pattern in ("[!.]*" + kind for kind in kinds):  # macOS leaves ._NAME beside each
         files = sorted(folder.glob(pattern))
         if len(files) > 1:
             raise InputError(f"{folder}: holds several checkpoints; expected one of "

@@ -6,6 +6,7 @@ never on a running generator: any number of ranks cuts the same batch, and resum
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
@@ -22,6 +23,7 @@ from models.parse import parse_json, short
 # "text", Open-Sora-Plan's "cap".
 FIELDS = ("prompt", "caption", "text", "cap")
 LONGEST = 2 ** 24  # bytes of a line
+LONGEST_PROMPT = 2 ** 20  # characters, which take 7 s to tokenize and a gigabyte
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # byte order mark and characters without width
 
 
@@ -62,9 +64,10 @@ def cleaned(text: str, place: str) -> str:
 def check_text(text: str, place: str) -> None:
     """Raises InputError for what no text encoder takes: zero bytes, halves of a surrogate pair, bytes of another
     encoding on a command line, and for formatted text."""
-    wrong = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
-    if wrong:
-        raise InputError(f"{place}: {wrong!a} is no character of a text; expected Unicode")
+    if wrong := re.search("[\0\ud800-\udfff]", text):
+        raise InputError(f"{place}: {wrong[0]!a} is no character of a text; expected Unicode")
+    if len(text) > LONGEST_PROMPT:
+        raise InputError(f"{place}: {len(text)} characters; expected a prompt of at most {LONGEST_PROMPT}")
     if text.lower().startswith(("version https://git-lfs", "<!doctype html", "<html", "{\\rtf")):
         raise InputError(f"{place}: {short(text, 40)} is of a web page, a Git LFS pointer or formatted text; expected a "
                          "prompt")
@@ -95,9 +98,11 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 def field_of(path: Path, number: int, names: Iterable[str]) -> str:
     """The name that holds the prompt."""
     for field in FIELDS:
-        for name in names:
-            if name.strip().lower() == field:
-                return name
+        found = [name for name in names if name.strip().lower() == field]
+        if len(found) > 1:
+            raise InputError(f"{path}: line {number}: {len(found)} fields {short(field, 40)}; expected one")
+        if found:
+            return found[0]
     raise InputError(f"{path}: line {number}: expected a field {' or '.join(FIELDS)}, found {some(names, 8)}")
 
 
@@ -200,8 +205,6 @@ def column(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[
     """The prompts' column of a table whose first row is the header."""
     number, header = next(rows, (1, []))
     field = field_of(path, number, header)
-    if header.count(field) > 1:
-        raise InputError(f"{path}: line {number}: {header.count(field)} fields {short(field, 40)}; expected one")
     place = header.index(field)
     for number, row in rows:
         if not any(cell.strip(INVISIBLE) for cell in row):

@@ -306,7 +306,7 @@ def wan_from_diffusers(tensors: Tensors) -> Tensors:
     ends, inner = ({theirs: ours for ours, theirs in table.items()} for table in (WAN_MODULES, WAN_BLOCK))
 
     def original(name: str) -> str:
-        block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
+        block, module, kind = re.fullmatch(r"(?s)(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups("")
         return block + (inner if block else ends).get(module, module) + kind
     return renamed(tensors, {original(name): name for name in tensors})
 

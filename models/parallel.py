@@ -28,6 +28,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from models.checkpoint import InputError, Tensors, check_names, check_values
+from models.parse import short
 
 # FSDP warns that an in-place operation on a network's output would be wrong; none is made here.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -42,18 +43,19 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
     """Process group and mesh, the same for torchrun and for a plain `python`: (device of this rank, mesh).
 
     The mesh has the dimensions (replicate, shard): each group of `shard_ranks` ranks (default: those of one
-    node) holds one copy of every network (HSDP). Raises InputError when `shard_ranks` does not divide the world size, and
-    for variables of torchrun's that are missing or damaged."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # not started by torchrun: a group of one that needs no port
+    node) holds one copy of every network (HSDP). Raises InputError when `shard_ranks` does not divide the world
+    size, and for variables of torchrun's that are missing or damaged."""
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():  # not started by torchrun: a group of one that needs no port
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     try:
         rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
-        known = 0 <= rank < world and local >= 0 and (
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        known = 0 <= rank < world and local >= 0 and node > 0 and (
             world == 1 or dist.is_initialized() or {*TORCHRUN} <= os.environ.keys())
     except (KeyError, ValueError):
         known = False
     if not known:
-        found = " ".join(f"{name}={os.environ.get(name, '')}" for name in TORCHRUN)
+        found = " ".join(f"{name}={os.environ.get(name, '')}" for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"))
         raise InputError(f"{found}: expected the variables that torchrun sets, or neither RANK nor WORLD_SIZE")
     cuda = torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
@@ -63,11 +65,13 @@ def init_distributed(shard_ranks: int | None = None) -> tuple[torch.device, Devi
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store = dist.HashStore() if world == 1 else None
-        # gloo serves the CPU tensors of --offload beside nccl.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
-                                rank=rank, world_size=world)
-    if shard_ranks is None:
-        shard_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        try:  # gloo serves the CPU tensors of --offload beside nccl
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
+            place = " ".join(f"{name}={os.environ.get(name, '')}" for name in TORCHRUN[3:])
+            reason = short(str(error).splitlines()[0])
+            raise InputError(f"{place}: {reason}; expected a free port that all processes reach") from error
+    shard_ranks = node if shard_ranks is None else shard_ranks
     if shard_ranks < 1 or dist.get_world_size() % shard_ranks:
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {dist.get_world_size()} processes")
     shape = (dist.get_world_size() // shard_ranks, shard_ranks)

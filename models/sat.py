@@ -75,7 +75,8 @@ def dit_from_sat(tensors: Tensors) -> Tensors:
 def vae_from_sat(tensors: Tensors) -> Tensors:
     """The autoencoder's tensors of either layout (SAT: the file `vae/3d-vae.pt`) under the published names,
     without the `loss.` tensors of SAT's training."""
-    top = max((int(name.split(".")[2]) for name in tensors if name.startswith("decoder.up.")), default=0)
+    levels = [re.match(r"decoder\.up\.(\d+)\.", name) for name in tensors]
+    top = max((int(level[1]) for level in levels if level), default=0)
 
     def published(name: str) -> str:
         # SAT counts the decoder's levels from the video, the published names count from the latent.

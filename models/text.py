@@ -35,7 +35,6 @@ from torch.nn.functional import pad
 from models import checkpoint
 from models.checkpoint import InputError, Tensors
 from models.parse import read_object, short
-from models.parse import read_object, short
 from models.text_encoders import (
     EXTRAS,
     check_vocabulary,

@@ -151,7 +151,7 @@ def open_tokenizer(folder: Path) -> "transformers.CLIPTokenizer | transformers.T
 
     Raises InputError for such a folder, another tokenizer, missing and damaged files."""
     kind = "T5Tokenizer" if (folder / "spiece.model").is_file() else "CLIPTokenizer"  # if no file says it
-    for path in sorted(path for path in folder.glob("*") if path.is_file()):
+    for path in sorted(path for path in folder.glob("[!.]*") if path.is_file()):
         if path.suffix in (".json", ".txt", ".model", ".jinja") and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size} bytes; expected at most {LARGEST}")
         if path.name.endswith("config.json"):

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoint import InputError, some
-from models.data import LONGEST, hashed, prompt_index, uniform
+from models.data import LONGEST, cleaned, hashed, prompt_index, uniform
 
 ATTEMPTS = 8  # videos tried for one sample
 LONG = 600    # frames from which on seeking is worth it
@@ -40,8 +40,7 @@ LARGEST = 2 ** 32  # bytes of pixels that are read of one video
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple]:
-    """PyAV's container and its best video stream. Raises InputError, also for what its use in the block
-    raises."""
+    """PyAV's container and its best video stream. Raises InputError, also for what its use in the block raises."""
     import av  # takes a quarter of a second, and not every run reads videos
     try:
         # An absolute path, because "a:b.mp4" alone would be a protocol.
@@ -50,10 +49,11 @@ def opened(path: str | Path) -> Iterator[tuple]:
             stream = file.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: no video in this file, or none that can be decoded")
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if 3 * width * height > LARGEST:
-                raise InputError(f"{path}: frames of {width} x {height} pixels; expected at most {LARGEST} bytes of pixels")
-            stream.codec_context.thread_count = 1  # several videos are decoded side by side
+            coder = stream.codec_context
+            if 3 * coder.width * coder.height > LARGEST:
+                raise InputError(f"{path}: frames of {coder.width} x {coder.height} pixels; expected at most {LARGEST} "
+                                 "bytes of pixels")
+            coder.options, coder.thread_count = {"err_detect": "explode"}, 1  # damage is told; several run side by side
             yield file, stream
     except InputError:
         raise
@@ -77,6 +77,13 @@ def decoded(file, stream) -> Iterator:
             yield from packet.decode()
 
 
+def mirrored(frame) -> bool:
+    """Whether a player shows a frame as a mirror does, beside turning it: some phones' front cameras ask for it."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    return a * d < b * c
+
+
 def read_frames(path: str | Path, indices: Sequence[int], size: tuple[int, int] | None = None,
                 times: list[int | None] = ()) -> Tensor:
     """Frames of a video by ascending indices, as a player turns them: uint8 (N 3 H W), fewer where the video
@@ -90,7 +97,8 @@ def read_frames(path: str | Path, indices: Sequence[int], size: tuple[int, int] 
             file.seek(sorted(times)[index], stream=stream)
         for i, frame in enumerate(decoded(file, stream)):
             if (places.get(frame.pts) if places else i) == index:
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                shown = frame.to_ndarray(format="rgb24")[::-1 if mirrored(frame) else 1]
+                pixels = np.rot90(shown, round(frame.rotation / 90))
                 frames.append(np.array(fit(Image.fromarray(pixels), size) if size else pixels))
                 if len(frames) * frames[-1].nbytes > LARGEST:
                     raise InputError(f"{path}: more than {LARGEST} bytes of pixels; expected a shorter video")
@@ -214,9 +222,8 @@ class Clips:
 
     `skipped` counts videos that were drawn and are of no use, `bad` says of the first 20 which and why."""
 
-    def __init__(self, folder: str | Path, table: str | Path | None = None,
-                 size: tuple[int, int] = (512, 512), frames: int = 16, stride: int = 4, seed: int = 0,
-                 workers: int = 4):
+    def __init__(self, folder: str | Path, table: str | Path | None = None, size: tuple[int, int] = (512, 512),
+                 frames: int = 16, stride: int = 4, seed: int = 0, workers: int = 4):
         self.folder, self.size, self.frames, self.stride, self.seed = Path(folder), size, frames, stride, seed
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected videos and a .csv file with their captions")
@@ -246,10 +253,12 @@ class Clips:
         there = spelt.keys()
         rows, self.bytes = records(self.table), self.table.stat().st_size
         _, _, header = next(rows, (1, 0, []))
-        self.columns = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
-        if not (self.columns.keys() & {"video", "videoid"} and self.columns.keys() & set(CAPTIONS)):
+        names = [name.strip().lower() for name in header]
+        self.columns, known = {name: i for i, name in enumerate(names)}, ("video", "videoid", "page_dir", *CAPTIONS)
+        twice = any(names.count(name) > 1 for name in known)
+        if twice or not ({"video", "videoid"} & {*names} and {*names} & {*CAPTIONS}):
             raise InputError(f"{self.table}: expected the columns video (or videoid and page_dir) and "
-                             f"{' or '.join(CAPTIONS)}, found {some(header, 8)}")
+                             f"{' or '.join(CAPTIONS)}, none of them twice, found {some(header, 8)}")
         self.found = 0
         for number, offset, cells in rows:
             if len(cells) != len(header):
@@ -257,10 +266,11 @@ class Clips:
                                  f"{len(header)}; expected captions that hold the separator in quotes")
             self.total += 1
             names = self.files(cells)
-            if there.isdisjoint(names) and there.isdisjoint(map(spelling, names)):
+            if there.isdisjoint([*names, *map(spelling, names)]):
                 continue
             self.found += 1
-            if self.caption(cells).strip() and not below(self.cell(cells, "frame"), self.frames):
+            text = cleaned(self.caption(cells), f"{self.table}: line {number}")
+            if text and not below(self.cell(cells, "frame"), self.frames):
                 self.rows.append(offset)
         if not self.rows:
             raise InputError(f"{self}; expected at least one to train on")
@@ -283,9 +293,9 @@ class Clips:
         if self.table.stat().st_size != self.bytes:
             raise InputError(f"{self.table}: changed since this run began to read it")
         _, _, cells = next(records(self.table, self.rows[k]))
-        names = map(spelling, self.files(cells))
-        paths = [self.folder / self.spelt.get(name, name) for name in names]
-        caption = " ".join(self.caption(cells).split())
+        paths = [self.folder / name for file in self.files(cells)  # x.mp4 may stand beside x.MP4
+                 for name in (file, self.spelt.get(spelling(file), spelling(file)))]
+        caption = " ".join(cleaned(self.caption(cells), str(self.table)).split())
         return next((path for path in paths if path.is_file()), paths[0]), caption
 
     def clip(self, iteration: int, index: int, row: int | None = None) -> tuple[Tensor, str, list[str]]:
@@ -302,8 +312,7 @@ class Clips:
                 faults.append(str(error))
         raise InputError(f"{self.folder}: {ATTEMPTS} videos in a row are of no use, the last: {faults[-1]}")
 
-    def prefetch(self, iteration: int, indices: Sequence[int],
-                 rows: Sequence[int] | None = None) -> list[tuple]:
+    def prefetch(self, iteration: int, indices: Sequence[int], rows: Sequence[int] | None = None) -> list[tuple]:
         """Begin to decode what `read` will be asked for, which gives the same without."""
         keys = [(iteration, index, row) for index, row in zip(indices, rows or [None] * len(indices))]
         for key in keys:
@@ -311,8 +320,7 @@ class Clips:
                 self.ahead[key] = self.pool.submit(self.clip, *key)
         return keys
 
-    def read(self, iteration: int, indices: Sequence[int],
-             rows: Sequence[int] | None = None) -> tuple[Tensor, list[str]]:
+    def read(self, iteration: int, indices: Sequence[int], rows: Sequence[int] | None = None) -> tuple[Tensor, list[str]]:
         """(clips (B T 3 H W) in [-1, 1] float32 on the CPU, captions) of global sample indices."""
         for key in [key for key in self.ahead if key[0] < iteration]:
             self.ahead.pop(key).cancel()

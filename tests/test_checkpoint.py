@@ -165,6 +165,7 @@ def test_a_folder_prefers_safetensors(tmp_path):
     torch.save({"pickled": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     save_file({"safe": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert list(open_tensors(tmp_path)) == ["safe"]
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7")  # macOS leaves one beside each file
     assert open_tensors(tmp_path).path == tmp_path / "model.safetensors"
 
 

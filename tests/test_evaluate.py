@@ -231,6 +231,21 @@ def test_prompts_from_the_files_else_in_the_order_of_names(tmp_path):
     assert [item.prompt for item in read_items(tmp_path, ["first", "second"], broken)] == ["second", "first"]
 
 
+def test_files_that_macos_leaves_have_no_prompt(tmp_path):
+    for i in range(2):
+        save_png(tmp_path / f"{i}.png", torch.zeros(3, 4, 4))
+        (tmp_path / f"._{i}.png").write_bytes(b"\0\5\x16\7")
+    broken = {}
+    assert [item.prompt for item in read_items(tmp_path, ["first", "second"], broken)] == ["first", "second"] and not broken
+
+
+def test_a_video_named_in_no_utf_8(tmp_path):
+    path, broken = tmp_path / os.fsdecode(b"a\xff cat-0.mp4"), {}
+    save_mp4(tmp_path / "x.mp4", [Image.new("RGB", (16, 16))] * 2, fps=8)
+    (tmp_path / "x.mp4").rename(path)
+    assert read_items(tmp_path, None, broken) == [] and list(broken) == [str(path)]
+
+
 def test_videos_named_after_their_prompts_keep_them(tmp_path):
     """In the order of names, which is not that of --prompts."""
     for name in ("a cat-0", "a cat-1", "b dog-0", "other"):

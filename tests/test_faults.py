@@ -226,6 +226,21 @@ def test_variables_that_torchrun_would_not_set(monkeypatch, variables):
     assert "expected the variables that torchrun sets" in says(parallel.init_distributed)
 
 
+@pytest.mark.parametrize("changed, said", [
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: "), ({"MASTER_PORT": "99999"}, "expected a free port that all processes reach"),
+    ({"MASTER_ADDR": ""}, "expected a free port"), ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE=abc: expected the variables"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: expected the variables"), ({"WORLD_SIZE": None}, "WORLD_SIZE= "),
+    ({"RANK": None}, "RANK= ")])
+def test_a_rendezvous_that_cannot_be(changed, said):
+    """In a process of its own: the group of this one is there already."""
+    variables = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+    variables = {name: value for name, value in (variables | changed).items() if value is not None}
+    environment = {name: value for name, value in os.environ.items() if name not in variables and name not in changed}
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--count", "1"], env=environment | variables, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_out_is_a_broken_link(tmp_path):
     (tmp_path / "x").symlink_to("nowhere")
     assert f"{tmp_path / 'x'} is a broken link" in says(check_out, tmp_path / "x")

@@ -79,6 +79,12 @@ def test_latents_stopped_before_each_write(folder, vae, tmp_path, monkeypatch, w
     assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 4  # the lock too
 
 
+@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-cogvideox"])
+def test_models_that_avdm2_does_not_train(folder, tmp_path, model):
+    args = latents.parse_args(["--model", model, "--out", str(tmp_path / "a"), "--videos", str(folder)])
+    assert refused(latents.main, args) == f"--model {model}: expected one that avdm2.py trains, such as animatediff"
+
+
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     row = PRESETS["tiny-sdxl"]
     row = row._replace(frames=9)

@@ -1,6 +1,7 @@
 """Real clips: the right frames of the right videos on any number of ranks, and nothing lost to a bad file."""
 import csv
 import json
+import struct
 import warnings
 from functools import partial
 
@@ -128,6 +129,34 @@ def test_frames_and_clips_of_files(folder, monkeypatch):
     assert "15 frames" in refused(cut, folder / "15.mp4", 0.7)
 
 
+def test_damage_within_a_video_is_told(tmp_path):
+    """A decoder would paint over it, and the frames around it be of no caption."""
+    data = bytearray(make(tmp_path / "whole.mp4", 60, (64, 64), "mpeg4").read_bytes())
+    start = data.index(b"mdat")
+    data[start + 2000:start + 2400] = bytes(range(200)) * 2
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    assert len(read_frames(tmp_path / "whole.mp4", range(60))) == 60
+    assert "damaged.mp4" in refused(read_frames, tmp_path / "damaged.mp4", range(60))
+
+
+@pytest.mark.parametrize("matrix, turned", [
+    ((-1, 0, 0, 1), lambda x: x.flip(-1)), ((1, 0, 0, -1), lambda x: x.flip(-2)), ((-1, 0, 0, -1), lambda x: x.flip(-1, -2))])
+def test_a_video_is_read_as_a_player_shows_it(tmp_path, matrix, turned):
+    """The display matrix of an MP4: mirrored, as some front cameras want it, or half turned."""
+    path = tmp_path / "x.mp4"
+    with av.open(path, "w", format="mp4") as file:
+        stream = file.add_stream("png", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "rgb24"
+        pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    plain, data = read_frames(path, [0]), bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    assert torch.equal(read_frames(path, [0]), turned(plain))
+
+
 def test_resize_and_crop():
     pixels = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
     image = videos.Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -190,6 +219,24 @@ def test_tables_that_are_refused(tmp_path, content, words):
     if content is not None:
         (tmp_path / "t.csv").write_bytes(content)
     assert words in refused(Clips, tmp_path)
+
+
+def test_names_that_differ_in_letters_alone(tmp_path):
+    """The exact name is meant where both are there."""
+    for count, name in ((16, "x.mp4"), (17, "x.MP4")):
+        make(tmp_path / name, count)
+    clips = Clips(table(tmp_path, [("x.MP4", "upper"), ("x.mp4", "lower")]))
+    assert [clips.row(k)[0].name for k in range(2)] == ["x.MP4", "x.mp4"]
+
+
+def test_captions_are_checked_as_prompts_are(tmp_path):
+    for name in ("x.mp4", "y.mp4"):
+        (tmp_path / name).touch()
+    clips = Clips(table(tmp_path, [("x.mp4", "\u200b"), ("y.mp4", "\ufeffa cat")]))
+    assert len(clips) == 1 and clips.row(0)[1] == "a cat"  # an invisible caption is none
+    for caption, words in (("a\0b", "is no character of a text"), ("<html>", "is of a web page")):
+        said = refused(Clips, table(tmp_path, [("y.mp4", "a cat"), ("x.mp4", caption)]))
+        assert words in said and "t.csv: line 3: " in said
 
 
 def test_the_table_is_found_or_given(tmp_path):

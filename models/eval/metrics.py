@@ -83,23 +83,25 @@ def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) 
         raise InputError(f"{folder}: no such folder of pictures or videos; `python sample.py --out {folder}` "
                          "makes it")
     files = sorted((path for path in folder.iterdir()
-                    if path.suffix.lower() in PICTURES + VIDEOS and path.stem != "grid"), key=in_order)
+                    if path.suffix.lower() in PICTURES + VIDEOS and path.stem != "grid"
+                    and not path.name.startswith(".")), key=in_order)  # as macOS leaves beside each: no prompt is theirs
     if not files:
         raise InputError(f"{folder}: no pictures or videos in this folder; expected "
                          f"{', '.join(PICTURES + VIDEOS)}")
     items, noted = [], {}
     for i, path in enumerate(files):
+        named = re.fullmatch(r"(.+)-\d+", path.stem) if path.suffix.lower() in VIDEOS else None
+        by_name = named and (not prompts or named[1] in prompts)
+        prompt = named[1] if by_name else prompts[i % len(prompts)] if prompts else None
         try:
             if not path.is_file():
                 raise InputError(f"{path}: no file; expected a picture or a video")
             text = read_text(path)
-            check_text(text.get("prompt", ""), str(path))  # JSON of an MP4 can hold what no tokenizer takes
+            # JSON of an MP4 and bytes of a name can hold what no tokenizer takes.
+            check_text(text.get("prompt", prompt) or "", str(path))
         except InputError as error:
             broken[str(path)] = str(error)
             continue
-        named = re.fullmatch(r"(.+)-\d+", path.stem) if path.suffix.lower() in VIDEOS else None
-        by_name = named and (not prompts or named[1] in prompts)
-        prompt = named[1] if by_name else prompts[i % len(prompts)] if prompts else None
         if "workflow" in text or '"class_type"' in text.get("prompt", ""):  # ComfyUI, whose "prompt" is its graph
             text = {}
         for key in (key for key in GENERATOR if key in text or "model" in text):
@@ -171,11 +173,11 @@ def kept_scores(log: Path) -> dict[str, float | list[float]]:
         try:
             row = parse_json(line)
             score = row.pop("score")
-            if not all(type(value) in (int, float) and abs(value) < 1e300 for value in  # finite, also as a float
-                       (score if isinstance(score, list) else [score])):
+            values = score if isinstance(score, list) else [score]
+            if not values or not all(type(value) in (int, float) and abs(value) < 1e300 for value in values):  # finite
                 raise ValueError("no number")
             kept[json.dumps(row, sort_keys=True)] = score
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{log}: line {number}: expected a record with a score") from error
     return kept
 

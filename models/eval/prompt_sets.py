@@ -152,6 +152,8 @@ def webvid(path: Path) -> list[tuple[str, str]]:
     try:
         if not {"videoid", "page_dir", "name"} <= set(rows.fieldnames or ()):
             return []
+        if len(set(rows.fieldnames)) < len(rows.fieldnames):
+            raise csv.Error("two columns have one name")
         found = []
         for row in rows:
             if None in row:

@@ -199,7 +199,8 @@ def entry(script: str, main: Callable, args: argparse.Namespace) -> None:
     if message is not None:
         drop_closed_streams()
         end_bars()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
         print(f"{Path(script).name}: {message}", file=sys.stderr, flush=True)
         os._exit(code)  # other ranks may be waiting in a collective: an orderly exit would wait for them
     if dist.is_initialized():

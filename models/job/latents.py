@@ -39,6 +39,7 @@ import torch.distributed as dist
 from models import data, shards
 from models.checkpoint import InputError, some
 from models.job import flags, networks
+from models.job.families import FAMILIES
 from models.job.folder import check_out, hold
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.progress import bar
@@ -116,6 +117,8 @@ def main(args):
     check_out(args.out)
     if args.videos is None:
         raise InputError("expected --videos FOLDER")
+    if not args.frames or FAMILIES[preset.family].vae is not AutoencoderKL:
+        raise InputError(f"--model {args.model}: expected one that avdm2.py trains, such as animatediff")
     clips = Clips(args.videos, args.prompts, tuple(args.size), args.frames, args.stride, args.seed,
                   args.workers)
     print0(clips)
