@@ -53,11 +53,12 @@ FIGURES = ("accuracy", "total_variation", "frechet", "sharpness")
 def run(script: str, out: Path, *flags, model: str = NAME) -> None:
     """One process with one thread; its log is beside its folder."""
     command = [sys.executable, ROOT / script, "--model", model, "--out", out, *flags]
-    with out.with_suffix(".log").open("w") as log:
+    path = out.with_name(f"{out.name}.log")  # the name holds a rate, whose point begins no suffix
+    with path.open("w") as log:
         code = subprocess.run(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
-        raise SystemExit(f"{out}: {script} ended with {code}, see {out.with_suffix('.log')}")
+        raise SystemExit(f"{out}: {script} ended with {code}, see {path}")
     print(f"{out.name} done", flush=True)
 
 
