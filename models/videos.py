@@ -42,6 +42,8 @@ LARGEST = 2 ** 32  # bytes of pixels that are read of one video
 def opened(path: str | Path) -> Iterator[tuple]:
     """PyAV's container and its best video stream. Raises InputError, also for what its use in the block raises."""
     import av  # takes a quarter of a second, and not every run reads videos
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: no file; expected a video")
     try:
         # An absolute path, because "a:b.mp4" alone would be a protocol.
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}

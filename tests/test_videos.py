@@ -1,6 +1,7 @@
 """Real clips: the right frames of the right videos on any number of ranks, and nothing lost to a bad file."""
 import csv
 import json
+import os
 import struct
 import warnings
 from functools import partial
@@ -155,6 +156,11 @@ def test_a_video_is_read_as_a_player_shows_it(tmp_path, matrix, turned):
     struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     assert torch.equal(read_frames(path, [0]), turned(plain))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.mp4")
+    assert refused(read_frames, tmp_path / "x.mp4", [0]) == f"{tmp_path / 'x.mp4'}: no file; expected a video"
 
 
 def test_resize_and_crop():
