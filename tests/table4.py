@@ -1,4 +1,4 @@
-"""The ablations of Tables 4 and 5 on the embedded tiny-sdxl: `python tests/table4.py` (three hours of two cores).
+"""The ablations of Tables 4 and 5 on the embedded tiny-sdxl: `python tests/table4.py` (four hours of two cores).
 
 Every method has the same search: on seed 0, short runs over one grid of the generator's rate and of the others'
 multiple of it. The best by accuracy less total variation then runs longer with three other seeds; the rates fall to 0
