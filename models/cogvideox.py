@@ -47,7 +47,7 @@ def fitted_grid(h: int, w: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Row and column coordinates of h x w patches. They are fitted into `grid`, the patches of the training,
     keeping their aspect, and centred, as in diffusers: plain indices when the two grids are equal."""
     H, W = grid
-    fit_h, fit_w = (H, round(H * w / h)) if h / w > H / W else (round(W * h / w), W)
+    fit_h, fit_w = (H, round(H / h * w)) if h / w > H / W else (round(W / w * h), W)  # this order decides at .5
     axes = []
     for count, fit, whole in ((h, fit_h, H), (w, fit_w, W)):
         start = round((whole - fit) / 2)

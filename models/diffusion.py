@@ -115,20 +115,19 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0. CogVideoX: DDPM
     indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
     1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
-    if schedule == "animatediff":
-        index = (torch.arange(steps) * (1000 // steps) + 1).clamp(max=999)  # with 1000 steps the last index would be 1000
-        return torch.cat([torch.zeros(1), (index + 1) / 1000])
-    if schedule in SNR_SHIFT:
-        index = (torch.arange(steps + 1, dtype=torch.float64) * 1000 / steps).round()
-        return (index / 1000).float()
     if schedule == "wan":
         return generator_times(steps, shift, schedule)
-    if schedule != "flow":
-        index = torch.arange(1, steps + 1) * 999 // steps
-        return torch.cat([torch.zeros(1), (index + 1) / 1000])
-    ends = shift_time(torch.tensor([1.0, 0.001]), shift)
-    descending = shift_time(torch.linspace(ends[0].item(), ends[1].item(), steps), shift)
-    return torch.cat([torch.zeros(1), descending.flip(0)])
+    k = torch.arange(steps, dtype=torch.float64)
+    if schedule == "flow":
+        first, last = shift_time(torch.tensor([1.0, 0.001]), shift).tolist()
+        times = shift_time(torch.linspace(first, last, steps), shift).flip(0)
+    elif schedule == "animatediff":  # with 1000 steps the last index would be 1000
+        times = (k * (1000 // steps) + 2).clamp(max=1000) / 1000
+    elif schedule in SNR_SHIFT:  # numpy's arange, as there: its step is a difference, which decides at .5
+        times = (1000 + k * ((1000 - 1000 / steps) - 1000)).round().flip(0) / 1000
+    else:
+        times = ((999 - k * (999 / steps)).floor().flip(0) + 1) / 1000
+    return torch.cat([torch.zeros(1), times.float()])
 
 
 # ---- Eqs. (1)-(3) ------------------------------------------------------------------------------------------

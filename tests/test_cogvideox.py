@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import check_every_third_block_is_tapped, golden, read_golden
 
-from models.cogvideox import CogVideoX, config_from_shapes, rotary_table, sincos_table, timestep_embedding
+from models.cogvideox import CogVideoX, config_from_shapes, fitted_grid, rotary_table, sincos_table, timestep_embedding
 
 SMALL = [p for p in golden("cogvideox_dit_*.safetensors") if "sat_weights" not in p.name]
 MANIFESTS = [p for p in golden("cogvideox_*.keys.json") if "diffusers" in json.loads(p.read_text())]
@@ -178,3 +178,10 @@ def test_full_size_state_dict_is_the_manifest(path):
     assert net.grid == (published["sample_height"] // 2, published["sample_width"] // 2)
     assert net.interpolation == published["spatial_interpolation_scale"]
     assert len(net.tap_shapes(13, 16, 60, 90)) == net.depth // 3  # 10 and 14
+
+
+def test_a_grid_whose_fitted_width_is_half_way_between_two():
+    """44 x 11 patches in 30 x 45: diffusers divides first, 30 / 44 * 11 = 7.4999, so the width is 7 and not 8."""
+    rows, columns = fitted_grid(44, 11, (30, 45))
+    assert rows[0] == 0 and rows[-1] == pytest.approx(30 * 43 / 44)
+    assert columns[0] == 19 and columns[-1] == pytest.approx((19 + 7) * 10 / 11)  # diffusers' end; 27 * 10 / 11 for 8

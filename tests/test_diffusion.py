@@ -1,4 +1,5 @@
 """Diffusion core against closed forms (Gaussian, mixture) and the original sampler."""
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, golden, read_golden
@@ -250,6 +251,15 @@ def test_ddim_trajectories_equal_the_original(path):
             # 4e-3: the reference's own error is 3e-4, its latents reach a deviation of 29 (SDXL.md).
             torch.testing.assert_close(x, latents[k + 1], atol=4e-3, rtol=0)
             torch.testing.assert_close(x_0, tensors[f"out.{case}.pred_x0"][k], atol=8e-3, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [7, 48, 50, 96, 99, 185, 240, 999])
+def test_rounding_of_the_originals_at_ties(steps):
+    """numpy's arange and linspace decide where an index lies half-way, or on a whole number."""
+    index = {schedule: (1000 * teacher_times(steps, 1.0, schedule)).round().int().flip(0)[:-1].numpy() - 1
+             for schedule in ("cogvideox-2b", "sdxl")}
+    assert (index["cogvideox-2b"] == np.round(np.arange(1000, 0, -1000 / steps)).astype(int) - 1).all()
+    assert (index["sdxl"] == np.linspace(999, 0, steps, endpoint=False).astype(int)).all()
 
 
 def test_sdxl_teacher_times_are_sgms():
