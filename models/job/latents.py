@@ -117,7 +117,7 @@ def main(args):
     check_out(args.out)
     if args.videos is None:
         raise InputError("expected --videos FOLDER")
-    if not args.frames or FAMILIES[preset.family].vae is not AutoencoderKL:
+    if not args.frames or not issubclass(FAMILIES[preset.family].vae, AutoencoderKL):
         raise InputError(f"--model {args.model}: expected one that avdm2.py trains, such as animatediff")
     clips = Clips(args.videos, args.prompts, tuple(args.size), args.frames, args.stride, args.seed,
                   args.workers)

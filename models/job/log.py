@@ -70,7 +70,7 @@ class Log:
                  if key.startswith(("loss_", "grad_norm_")) and not math.isfinite(value)]
         if wrong and is_main():
             tqdm.write(f"iteration {values.get('global_iter')}: {some(wrong, 6)} not finite, so that update is "
-                       f"skipped; {values.get('skipped')} such iterations so far")
+                       f"skipped; {values.get('skipped')} iterations with such until now")
 
     def finite(self) -> bool:
         return all(math.isfinite(v) for k, v in self.record.items() if k.startswith(("loss_", "grad_norm_")))
