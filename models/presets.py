@@ -228,7 +228,7 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     tokenizers=TINY.tokenizers, latent_channels=4, vae_factor=4, vae=TINY.vae | dict(quant=True),
     clip_length=8, size=(32, 32), cfg=TINY.cfg, teacher_cfg=3.0,
     lr_theta=1e-4, lr_psi=4e-4, lr_tau=8e-4, lr_decay=1.0, batch_size=16, micro_batch=16, no_checkpointing=True,
-    max_iter=300, head_width=128,
+    max_iter=1200, head_width=128,
     adp_lr_theta=5e-5, adp_lr_tau=4e-3, adp_max_iter=400, sam_ckpt=HERE / "tiny" / "tiny_sam.safetensors",
     pair_count=1024, decode_batch=16,
     prompts=TINY.prompts, sample_prompts=TINY_PROMPTS, evaluate=512, data="shapes")
