@@ -15,7 +15,7 @@ from models import shards
 from models.checkpoint import InputError
 from models.job.families import FAMILIES
 from models.job.folder import check_out, hold, release
-from models.job.networks import DTYPES, load_text, teacher_files
+from models.job.networks import DTYPES, load_text
 from models.job.sampling import note_overlong
 from models.parallel import barrier, is_main, print0
 from models.parse import short
@@ -69,7 +69,7 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     context, pooled = FAMILIES[preset.family].condition_shapes(preset)
     size = args.size if FAMILIES[preset.family].sized else [0, 0]
     same = dict(kind="text", model=args.model, size=size, latent_shape=context, shapes=dict(pooled=pooled),
-                precision=args.precision, **teacher_files(args, preset))
+                precision=args.precision, **args.teacher_files)
     same = json.loads(json.dumps(same))
     check_out(folder)
     manifest = same | dict(count=0, shards=[])
