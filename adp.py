@@ -47,7 +47,7 @@ from models.diffusion import Denoiser, generator_times, q, random_time, target, 
 from models.discriminator import hinge
 from models.job import flags, networks
 from models.job.job import Job
-from models.parallel import adamw, init_distributed, set_trainable
+from models.parallel import adamw, init_distributed, print0, set_trainable
 from models.shards import open_pairs
 
 
@@ -64,6 +64,8 @@ def main(args):
     if pairs:
         networks.check_pairs(args, preset, pairs)
         args.prompts_digest = pairs.digest()
+        if len(pairs) < pairs.total:
+            print0(f"note: {pairs}")
     job = Job(__file__, args, preset, mesh, device, pairs.all_prompts() if pairs and args.cache_text else [])
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 

@@ -68,8 +68,9 @@ def main(args):
     preset = flags.resolve(args)
     if not preset.base_2d:
         raise InputError(f"--model {args.model}: expected one with a teacher of single frames, such as animatediff")
-    if min(args.lambdas) < 0:
-        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: expected weights >= 0")
+    if min(args.lambdas) < 0 or not any(args.lambdas[args.sdm == "none":]):  # without SDM only the GAN's counts
+        raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g} --sdm {args.sdm}: expected weights >= 0, "
+                         "not all 0")
     if args.sdm == "2d" and args.frames_sdm > args.frames:
         raise InputError(f"--frames-sdm {args.frames_sdm}: expected at most the clip's {args.frames} frames")
     if args.teacher_2d and args.sdm != "2d":

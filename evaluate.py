@@ -209,6 +209,8 @@ def exact(args):
                 sizes = {" x ".join(map(str, x.shape)) for x in (*samples[:1], sample)}
                 raise InputError(f"{folder.path}: {len(items)} samples of {some(sorted(sizes))}; the exact evaluator takes "
                                  f"the tiny models' {shapes.SIZE} x {shapes.SIZE}, all alike")
+            if video and len(sample) < 2:
+                raise InputError(f"{item.path}: a video of one frame; the exact evaluator takes two at least")
             samples.append(sample)
             prompts.append(item.prompt)
         if len(samples) < 2:
@@ -247,6 +249,8 @@ def main(args):
         try:
             folder.items = [] if elsewhere else metrics.read_items(path, prompts, folder.broken)
             folder.notes += metrics.doubts(path, folder.items, prompts)
+            if (path / "lock").exists() and path.resolve() != args.out.resolve():
+                folder.notes.append("sample.py is at work there or was stopped before its end: samples may be missing")
             folders.append(folder)
         except InputError as error:
             problems.append(str(error))

@@ -51,7 +51,7 @@ from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, MOTION, source
 from models.job.folder import check_out, hold
-from models.job.notes import export_notes, parametrisation, run_settings
+from models.job.notes import export_notes, other_base, parametrisation, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.parse import short
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
@@ -71,6 +71,8 @@ def from_run_folder(args) -> None:
             trained[flag] = FAMILIES[preset.family].beside(base, preset, flag) or trained.get(flag)
     args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
     vae = trained.get("vae_ckpt")
+    if (folder / "generator.safetensors").exists() and FAMILIES[preset.family].single_file:
+        vae = None  # the export holds it as it was
     args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
     args.frames = args.frames or trained.get("frames")
@@ -79,6 +81,8 @@ def from_run_folder(args) -> None:
     if (folder / "generator.safetensors").exists():
         args.ckpt = folder / "generator.safetensors"
     elif (folder / "generator_lora.safetensors").exists():
+        if args.lora:
+            raise InputError(f"--lora {args.lora}: {folder} is an adapter itself; expected no --lora")
         args.lora = folder / "generator_lora.safetensors"
         args.ckpt, args.motion_ckpt = base, args.motion_ckpt or motion and Path(motion)
     else:
@@ -151,6 +155,8 @@ def main(args):
         steps = len(args.times)
     guidance = float(metadata.get("dmdx.cfg", 1)) if student else preset.teacher_cfg
     cfg = args.cfg if args.cfg is not None else guidance
+    if args.prompt is not None and args.prompts is not None:
+        raise InputError(f"--prompt {short(args.prompt, 60)} --prompts {args.prompts}: expected one of the two")
     if args.prompt is not None:
         check_text(args.prompt, "--prompt")
         prompts = [args.prompt]
@@ -171,6 +177,8 @@ def main(args):
     adapter = networks.open_lora(args, preset) if args.lora else {}
     preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")
+    if args.lora and (note := other_base(args.lora, teacher.path)):
+        print0(note)
     for path in files if is_main() else ():
         networks.check_export(path)
     net = networks.load_network(args, preset, mesh, device)

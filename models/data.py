@@ -46,6 +46,8 @@ def read_prompts(source: str | Path | list) -> list[str]:
     prompts = []
     for number, text in read(path):
         text = cleaned(text, f"{path}: line {number}")
+        if path.suffix.lower() == ".txt" and text.startswith(('{"', '["')):
+            raise InputError(f"{path}: line {number} is JSON; expected prompts, or a name that ends in .jsonl or .json")
         prompts += [text] if text else []
     if not prompts:
         raise InputError(f"{path}: no prompt in this file")
@@ -207,8 +209,8 @@ def column(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[
     field = field_of(path, number, header)
     place = header.index(field)
     for number, row in rows:
-        if not any(cell.strip(INVISIBLE) for cell in row):
-            continue
+        if not any(cell.strip(INVISIBLE) for cell in row) or [cell.strip(INVISIBLE + '"') for cell in row] == header:
+            continue  # a blank line, or the header again, of tables joined by cat
         if len(row) > len(header) or len(row) <= place:
             raise InputError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; "
                              "expected a prompt that holds the separator to be in quotes")

@@ -6,6 +6,7 @@ and prompts (the bytes of a JSON list). manifest.json has the settings, the "cou
 that are finished. A shard is written before the manifest names it: what is not named there does not count.
 """
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Collection
 from hashlib import file_digest
@@ -49,8 +50,8 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells checkpoints and tokenizers apart by size and 4 KiB at 256 places: a fine-tune has its base's header, and
-    to hash all of 16 GB at each start would take minutes."""
+    """Tells checkpoints and tokenizers apart; files above 64 MiB by size and 4 KiB at 256 places: a fine-tune has its
+    base's header, and to hash all of 16 GB at each start would take minutes."""
     path = path.parent if path.name.endswith(".index.json") else path
     files = [file for file in path.rglob("*") if file.suffix in (".safetensors", *TORCH_SUFFIXES)]
     files = files or [file for file in path.rglob("*") if file.is_file()]  # of tokenizers
@@ -59,7 +60,8 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{size} ".encode())
         with file.open("rb") as f:
-            for i in range(256):
+            digest.update(f.read() if size <= 2 ** 26 else b"")
+            for i in range(256 * (size > 2 ** 26)):
                 f.seek(max(0, size - 4096) * i // 255)
                 digest.update(f.read(4096))
     return digest.hexdigest()
@@ -170,8 +172,10 @@ def add_shard(folder: Path, manifest: dict, entry: dict) -> None:
 
 def sweep_shards(folder: Path, manifest: dict) -> None:
     """Remove what killed runs left half written, and shards that others have replaced."""
-    for path in folder.glob(f"{kind_of(manifest)}_*-*.safetensors*"):  # half-written ones end in .tmp
-        if path.name not in [entry["file"] for entry in manifest["shards"]]:
+    named = {entry["file"] for entry in manifest["shards"]}
+    ours = re.compile(kind_of(manifest) + r"_\d{8,}-\d{8,}\.safetensors(\.tmp)?")
+    for path in folder.iterdir():  # half-written ones end in .tmp; what somebody has laid beside them stays
+        if ours.fullmatch(path.name) and path.name not in named:
             path.unlink()
 
 
@@ -183,8 +187,9 @@ def verify_shards(folder: Path, kind: str) -> None:
     manifest["shards"] = [entry for entry in manifest["shards"] if entry["file"] not in faults]
     whole = sum(entry["count"] for entry in manifest["shards"])
     found = f"{folder}: {whole} of {manifest['count']} {kind} are there and whole"
-    if faults:
-        write_manifest(folder, manifest)
+    if faults:  # of what the manifest names by now: a collection may be under way
+        now = read_manifest(folder, kind)
+        write_manifest(folder, now | dict(shards=[entry for entry in now["shards"] if entry["file"] not in faults]))
         found += "; damaged: " + ", ".join(f"{file} ({fault})" for file, fault in faults.items())
     if faults or whole < manifest["count"]:
         raise InputError(f"{found}; run again without --verify to make the others")

@@ -479,6 +479,17 @@ def test_adm_starts_from_it_and_keeps_it_apart_from_the_teacher(tmp_path, monkey
 
 # ---- what is refused ---------------------------------------------------------------------------------------
 
+def test_a_collection_that_is_not_finished_is_told(tmp_path, capsys, pairs):
+    flags = ["--loss", "mse", "--batch-size", 2, "--max-iter", 1, "--evaluate", 0, "--pairs"]
+    copy = shutil.copytree(pairs, tmp_path / "pairs")
+    train(tmp_path / "whole", *flags, copy)
+    assert "not all collected yet" not in capsys.readouterr().out
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | dict(count=50)))
+    train(tmp_path / "run", *flags, copy)
+    assert f"note: {copy}: ODE pairs of tiny-sdxl at 32x32, 8 of 50, not all collected yet\n" in capsys.readouterr().out
+
+
 def test_pairs_that_do_not_fit(tmp_path, monkeypatch, stubs, pairs):
     stubs(Net(lambda x_t, t: x_t))
     encode = SimpleNamespace(encode=lambda texts: None, unconditional=lambda: None)

@@ -300,6 +300,15 @@ def test_verify_names_a_damaged_shard_and_a_rerun_mends_it(copy, finished, damag
     collect(copy, "--verify")
 
 
+def test_copies_beside_the_shards_are_left_alone(copy):
+    kept = [copy / f"pairs_00000000-00000007.safetensors{end}" for end in (".bak", " (1)", ".orig.safetensors")]
+    gone = [copy / f"pairs_00000008-000000{end}" for end in ("16.safetensors", "15.safetensors.tmp")]
+    for path in (*kept, *gone):
+        path.write_bytes(b"x")
+    collect(copy, "--count", 28)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
+
+
 def test_what_needs_no_hash_is_mended_without_verify(copy, finished):
     truncate(copy / "pairs_00000000-00000007.safetensors")
     remove(copy / "pairs_00000016-00000023.safetensors")
@@ -316,6 +325,20 @@ def test_verify_compares_ids(copy):
     words = refused(copy, "--verify")
     assert "00000007.safetensors (not the pairs 8 to 15)" in words
     assert "00000015.safetensors (not the pairs 0 to 7)" in words
+
+
+def test_verify_leaves_what_is_collected_meanwhile(copy, monkeypatch):
+    """The last shard, half a one, gives way to a whole one while the others are checked."""
+    fault = shards.shard_fault
+
+    def slow(*args, **named):
+        monkeypatch.setattr(shards, "shard_fault", fault)
+        collect(copy, "--count", 40)
+        return fault(*args, **named)
+
+    monkeypatch.setattr(shards, "shard_fault", slow)
+    assert "00000027.safetensors (missing)" in refused(copy, "--verify")
+    collect(copy, "--count", 40, "--verify")
 
 
 def test_verify_exits_2_with_every_damage_named(copy, monkeypatch, capsys):

@@ -54,6 +54,9 @@ GOOD = {
     "joined.txt": (b"a\n\xef\xbb\xbfb\nc\xef\xbb\xbf\n", ["a", "b", "c"]),  # cat bom.txt bom.txt
     "joined.jsonl": (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', ["a", "b"]),
     "joined.csv": (b"prompt\na\n\xef\xbb\xbfb\n\xef\xbb\xbf\n", ["a", "b"]),
+    "twice.csv": (b"\xef\xbb\xbfprompt\na\n\xef\xbb\xbfprompt\nb\n", ["a", "b"]),  # cat bom.csv bom.csv
+    "twice.tsv": ("id\tprompt\n1\ta\nid\tprompt\n1\tb\n", ["a", "b"]),
+    "quoted.csv": (b'"prompt"\n"a"\n\xef\xbb\xbf"prompt"\n"b"\n', ["a", "b"]),
     "invisible.txt": ("a\n\u200b\n \u200d\u2060 \n\u200bb \u200b\nfamily \U0001f468\u200d\U0001f469\n",
                       ["a", "b", "family \U0001f468\u200d\U0001f469"]),
     "mac.txt": (b"a\rb\r\rc\r", ["a", "b", "c"]),
@@ -84,6 +87,8 @@ BAD = {
     "utf16.txt": ("a red fox\n".encode("utf-16"), "line 1 is not UTF-8 (byte 1)"),
     "latin1.csv": (b"prompt\na\nb\xe9\n", "line 3 is not UTF-8"),
     "empty.txt": ("", "no prompt in this file"),
+    "records.txt": ('{"prompt": "a"}\n', "line 1 is JSON; expected prompts, or a name that ends in .jsonl or .json"),
+    "texts.txt": ('a\n["b", "c"]\n', "line 2 is JSON"),
     "blank.txt": (" \n\r\n\t\n", "no prompt in this file"),
     "blank.jsonl": ('{"prompt": ""}\n', "no prompt in this file"),
     "header.tsv": ("Prompt\tCategory\n", "no prompt in this file"),

@@ -433,6 +433,16 @@ def test_shapes(tmp_path, capsys):
         run(tmp_path / "out", "--images", tmp_path / "a")
 
 
+def test_samples_of_a_sample_py_that_has_not_ended_are_told(tmp_path, capsys):
+    for i in range(2):
+        save_png(tmp_path / "a" / f"{i}.png", torch.zeros(3, 32, 32), dict(prompt="a circle"))
+    for lock, told in ((False, 0), (True, 1)):
+        if lock:
+            (tmp_path / "a" / "lock").touch()
+        run(tmp_path / "out", "--images", tmp_path / "a")
+        assert capsys.readouterr().err.count(f"{tmp_path / 'a'}: sample.py is at work there or was stopped") == told
+
+
 def test_moving_shapes(tmp_path, monkeypatch, capsys):
     prompts = moving_shapes.evaluation_prompts(6, repeats=1)
     clips = moving_shapes.reference(prompts, seed=9)
@@ -447,6 +457,10 @@ def test_moving_shapes(tmp_path, monkeypatch, capsys):
     seen, true = (moving_shapes.read_clip(x)[0] for x in (given[0] / 127.5 - 1, clips))
     assert torch.equal(seen, true)
     assert "`python sample.py --prompts moving-shapes`" in capsys.readouterr().err
+    for i in range(2):
+        save_mp4(tmp_path / "b" / f"{i}.mp4", frames[:1], 8, dict(prompt=prompt))
+    with pytest.raises(InputError, match="b/0.mp4: a video of one frame; the exact evaluator takes two at least"):
+        run(tmp_path / "out", "--images", tmp_path / "b")
 
 
 # ---- in memory ---------------------------------------------------------------------------------------------

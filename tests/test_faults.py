@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import adm
+import adp
 import pytest
 import torch
 import torch.distributed as dist
@@ -274,7 +275,7 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
 # ---- run folders and states --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", [dict(size=[1]), dict(size=["x", 2]), dict(size=[]), dict(frames="9"), dict(vae_ckpt=3),
-                                    dict(motion_ckpt=[1])], ids=str)
+                                    dict(motion_ckpt=[1]), dict(teacher_files="x")], ids=str)
 def test_settings_of_a_run_that_none_has(tmp_path, change):
     args = dict(model="tiny-sd3", ckpt=None, text_ckpt=None, tokenizers="x", size=[32, 32], no_t5=False)
     (tmp_path / "config.json").write_text(json.dumps({"args": args}))
@@ -469,6 +470,22 @@ def test_a_checkpoint_that_changed_between_two_launches(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         say_what_changed(now, tmp_path)
     assert "last started: what is in the file of --ckpt\n" in said.getvalue()
+
+
+def test_a_vae_and_a_pixel_encoder_that_changed_between_two_launches(tmp_path, capsys):
+    files = {"--vae-ckpt": PRESETS["tiny-sdxl"].ckpt, "--pixel-ckpt": PRESETS["tiny-sdxl"].sam_ckpt}
+    flags = ["--random-weights", "--max-iter", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+    for flag, path in files.items():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        flags += [flag, tmp_path / path.name]
+    adp.main(adp.parse_args(list(map(str, flags))))
+    for flag, path in files.items():
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        (tmp_path / path.name).write_bytes(data)
+        capsys.readouterr()
+        adp.main(adp.parse_args(list(map(str, [*flags, "--resume"]))))
+        assert f"last started: what is in the file of {flag}\n" in capsys.readouterr().out
 
 
 # ---- without bound -----------------------------------------------------------------------------------------

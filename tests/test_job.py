@@ -263,6 +263,7 @@ def test_wrong_counters_are_found(copy, capsys):
     (["--evaluate", -1], "--evaluate -1"), (["--lora-rank", -1], "--lora-rank -1: expected at least 0"),
     (["--fake-lora", -1], "--fake-lora -1: expected at least 0"),
     (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 1 processes"), (["--shard-ranks", -1], "--shard-ranks -1"),
+    (["--profile", 2, "--resume"], "--profile 2 --resume: expected a profile from the first update on, without --resume"),
     (["--size", 32, 30], "--size 32 30: tiny-sd3 takes multiples of 8 up to 64"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
 def test_flags_that_cannot_work(tmp_path, flags, words):
@@ -503,6 +504,9 @@ def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
         log.latents(torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2))
         assert not job.end(log, i)
     assert lines == [f"{i}: margin +0.6000 told apart 0.75 loss_tau 2.000 x_0 +0.000 +- 1.000 health: good" for i in (100, 200)]
+    job.text, job.stop, asked = object(), True, []  # the teacher's samples, minutes of them, do not keep a signal waiting
+    monkeypatch.setattr(job_module, "deviations", lambda *args: asked.append(args))
+    assert job.end(log, 300) and not asked
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", 4, "--fake-lora", 4],

@@ -18,6 +18,7 @@ from models.diffusers_names import MMDIT
 from models.diffusion import alphas_cumprod
 from models.job.families import FAMILIES, check_positions
 from models.job import flags as flags_of_scripts
+from models.job.networks import teacher_files
 from models.job.notes import check_announced, check_scale, export_notes, run_settings
 from models.presets import PRESETS
 
@@ -311,10 +312,33 @@ def test_pairs_of_another_teacher_or_other_conditions_are_refused(tmp_path, caps
     save_safetensors(tmp_path / "other.safetensors", tensors, metadata)
     assert f"{pairs}: these pairs were made with other --ckpt; expected" in says(
         run, adp, *flags, "--ckpt", tmp_path / "other.safetensors", "--out", tmp_path / "no")
+    tensors, metadata = contents(SDXL.ckpt)
+    tensors[DENOISER + "input_blocks.1.0.in_layers.0.bias"] += 1  # a few bytes anywhere in the file
+    save_safetensors(tmp_path / "few.safetensors", tensors, metadata)
+    assert "made with other --ckpt" in says(run, adp, *flags, "--ckpt", tmp_path / "few.safetensors", "--out", tmp_path / "no")
     manifest = json.loads((pairs / "manifest.json").read_text())
     (pairs / "manifest.json").write_text(json.dumps(manifest | {"no_t5": True}))
     assert "made with other --no-t5" in says(run, adp, *flags, "--out", tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_teachers_are_told_by_the_files_that_are_read(folder, tmp_path):
+    """Of a folder not by its VAE or what else lies there; by its tokenizers too."""
+    copy = shutil.copytree(folder, tmp_path / "folder")
+    args = argparse.Namespace(ckpt=copy, motion_ckpt=None, text_ckpt=None, tokenizers=SD3.tokenizers, no_t5=False, null_prompt=None)
+    before = teacher_files(args, SD3)
+    save_file({"x": torch.zeros(1)}, copy / "lora.safetensors")
+    save_file({"x": torch.zeros(1)}, copy / "vae" / "diffusion_pytorch_model.safetensors")
+    assert teacher_files(args, SD3) == before
+    (copy / "tokenizer_3" / "added.json").write_text("{}")
+    assert [key for key, value in teacher_files(args, SD3).items() if value != before[key]] == ["tokenizers"]
+    (tmp_path / "text_encoders").mkdir()
+    args.ckpt = Path(shutil.copy(SD3.ckpt, tmp_path))
+    before = teacher_files(args, SD3)
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert teacher_files(args, SD3) == before
+    save_file({"x": torch.zeros(1)}, tmp_path / "text_encoders" / "clip_l.safetensors")
+    assert [key for key, value in teacher_files(args, SD3).items() if value != before[key]] == ["text_ckpt"]
 
 
 def test_families_take_the_same_vae_for_the_export():

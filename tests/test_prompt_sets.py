@@ -97,6 +97,11 @@ def test_webvid_by_its_header(tmp_path, extra):
     assert [file for file, _ in webvid(path)] == ["006001_006050/2117.mp4", "000001_000050/7.mp4"]
 
 
+def test_webvid_in_two_parts_joined(tmp_path):
+    (tmp_path / "x.csv").write_text(2 * "videoid,page_dir,name\n1,a,A dog\n")
+    assert prompt_set(tmp_path / "x.csv") == ["A dog", "A dog"]
+
+
 def test_any_other_prompt_file(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     (tmp_path / "p.csv").write_text("caption,name\na,x\n")

@@ -288,6 +288,39 @@ def test_refused_in_words(tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_on_another_base_than_its_runs_is_told(tmp_path, capsys):
+    tensors = open_tensors(ROW.ckpt)
+    weights = {name: tensors[name] for name in tensors}
+    save_safetensors(tmp_path / "x.safetensors", weights)
+    run = train(tmp_path / "run", "--ckpt", tmp_path / "x.safetensors", "--lora-rank", 4)
+    pictures(tmp_path / "out", "--ckpt", run, "--count", 1)
+    assert "another checkpoint" not in capsys.readouterr().out
+    save_safetensors(tmp_path / "x.safetensors", weights | {DENOISER + "pos_embed": weights[DENOISER + "pos_embed"] + 1})
+    pictures(tmp_path / "new", "--ckpt", run, "--count", 1)
+    note = f"note: {run / 'generator_lora.safetensors'} was trained on another checkpoint than {tmp_path / 'x.safetensors'}\n"
+    assert note in capsys.readouterr().out
+    train(tmp_path / "on", "--ckpt", tmp_path / "x.safetensors", "--lora-rank", 4, "--init", run)
+    assert note in capsys.readouterr().out
+
+
+def test_a_runs_export_is_decoded_by_the_vae_that_it_holds(tmp_path):
+    """And not by what stands by now in the file that training was given."""
+    vae = tmp_path / "vae.safetensors"
+    vae.write_bytes(ROW.ckpt.read_bytes())
+    run = train(tmp_path / "run", "--vae-ckpt", vae)
+    vae.unlink()
+    assert difference(pictures(tmp_path / "a", "--ckpt", run), pictures(tmp_path / "b", "--ckpt", run / "generator.safetensors")) == 0
+
+
+def test_flags_of_which_one_would_be_passed_over(tmp_path, adapter):
+    other = adapter / "generator_lora.safetensors"
+    with pytest.raises(InputError, match=f"--lora {other}: {adapter} is an adapter itself; expected no --lora"):
+        pictures(tmp_path / "out", "--ckpt", adapter, "--lora", other)
+    with pytest.raises(InputError, match="--prompt a ring --prompts shapes: expected one of the two"):
+        pictures(tmp_path / "out", "--prompt", "a ring", "--prompts", "shapes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_model_than_the_export_says(tmp_path, full, adapter):
     for flags, file in ((["--ckpt", full], full / "generator.safetensors"),
                         (["--lora", adapter / "generator_lora.safetensors"], adapter / "generator_lora.safetensors")):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import av
@@ -109,6 +110,15 @@ def test_a_full_disk_ends_a_run_in_one_sentence(tmp_path):
     assert message.startswith(f"could not write {out / 'state' / 'iter_00000002'} (")
     assert message.endswith("; no state is complete yet")
     progress.end_bars()  # as `flags.entry` does
+
+
+def test_what_stands_in_the_states_way_is_told_before_the_first_update(tmp_path):
+    for name, stand in (("file", Path.touch), ("link", lambda path: path.symlink_to(tmp_path / "unmounted"))):
+        (tmp_path / name).mkdir()
+        stand(tmp_path / name / "state")
+        assert refusal(adm, *SHORT, "--out", tmp_path / name) == (
+            f"could not write {tmp_path / name / 'state'} (File exists); no state is complete yet")
+        assert not (tmp_path / name / "metrics.jsonl").exists()
 
 
 def test_replacing_names_the_file(tmp_path):

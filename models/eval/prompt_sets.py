@@ -158,6 +158,8 @@ def webvid(path: Path) -> list[tuple[str, str]]:
         for row in rows:
             if None in row:
                 raise csv.Error(f"{len(row[None])} more fields than the header has")
+            if row["videoid"] == "videoid":  # the header again, of tables joined by cat
+                continue
             found.append((webvid_files(row["page_dir"], row["videoid"])[0], row["name"].strip()))
         return found
     except (csv.Error, TypeError, AttributeError) as error:

@@ -148,7 +148,8 @@ def beside_single(ckpt: Path, preset: Preset, flag: str) -> Path | None:
     if folder:
         part = {"text_ckpt": "text_encoder", "tokenizers": "tokenizer", "vae_ckpt": "vae"}[flag]
         return folder if (folder / part).is_dir() else None
-    return ckpt.parent if flag == "text_ckpt" and (ckpt.parent / "text_encoders").is_dir() else None
+    encoders = ckpt.parent / "text_encoders"
+    return encoders if flag == "text_ckpt" and encoders.is_dir() else None
 
 
 def unet_sides(preset: Preset) -> tuple[int, None]:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from models.checkpoint import InputError
 from models.data import digest, read_prompts
-from models.job.families import FAMILIES, Family
+from models.job.families import FAMILIES, Family, source
 from models.job.networks import init_file
-from models.job.notes import export_notes
-from models.parallel import barrier
+from models.job.notes import export_notes, other_base
+from models.parallel import barrier, print0
 from models.parse import short
 from models.presets import PRESETS, Preset
 from models.progress import drop_closed_streams, end_bars
@@ -129,11 +129,16 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     fill(args, preset, tuple(name for name in Preset._fields if name != "motion_ckpt"))
     world = dist.get_world_size() // args.sequence_parallel  # cuts of the batch
     args.micro_batch = min(args.micro_batch, max(1, args.batch_size // world))
+    if args.profile and args.resume:
+        raise InputError(f"--profile {args.profile} --resume: expected a profile from the first update on, "
+                         "without --resume")
     args.max_iter = args.profile or args.max_iter
     if args.offload_activations and args.no_checkpointing:
         raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
                          "expected checkpointing, of which it moves what is kept")
     init = init_file(args)
+    if init and getattr(args, "lora_rank", 0) and (note := other_base(init.path, source(args, preset).path)):
+        print0(note)
     predicts = export_notes(init).get("dmdx.predicts") if init else "velocity"
     if adp and predicts != "velocity":
         raise InputError(f"--init {args.init}: a generator that predicts {predicts}; expected a run of adp.py")

@@ -25,6 +25,7 @@ from models.job.notes import run_settings
 from models.parallel import is_main, print0
 from models.presets import Preset
 from models.saving import WriteError
+from models.shards import fingerprint
 from models.state import Roles, check_sums, complete_states, load_state, reason
 
 HELD = []  # lock files: closing one would end its lock
@@ -43,7 +44,9 @@ def check_out(out: Path) -> None:
 
 def run_folder(args: argparse.Namespace, script: str) -> Path:
     """This run's folder, same on all ranks: --out, that of the state to resume, or the next free number."""
-    args.script = script  # config.json keeps it
+    args.script = script  # config.json keeps it, and what --resume compares of files that are in no state
+    args.files = {name: fingerprint(path) for name in ("vae_ckpt", "pixel_ckpt", "teacher_2d")
+                  if (path := getattr(args, name, None)) and path.exists()}
     runs = sorted(Path("runs").glob(f"{script}-{args.model}-[0-9][0-9][0-9]"))
     if args.out is None and args.resume == "newest" and runs:
         args.out = max(runs, key=lambda run: (bool(complete_states(run / "state")), run))
@@ -147,13 +150,14 @@ def say_what_changed(args: argparse.Namespace, started: Path) -> None:
     InputError for another script, --model or --init than that of the run in the folder `started`."""
     before, now = run_settings(started), json.loads(json.dumps(vars(args), default=str))
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
-               if name not in ("out", "resume", "max_iter", "prompts_digest", "teacher_files")
+               if name not in ("out", "resume", "max_iter", "prompts_digest", "teacher_files", "files")
                and now.get(name, value) != value]
     data = {"adp": "ODE pairs", "avdm2": "clips"}.get(args.script, "prompts")
     changed += [data] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
-    files, were = now.get("teacher_files", {}), before.get("teacher_files", {})
+    files, were = (run.get("teacher_files", {}) | run.get("files", {}) for run in (now, before))
     changed += [f"what is in the file of --{flag}" for flag, name in (
-        ("ckpt", "checkpoint"), ("text-ckpt", "text_ckpt"), ("tokenizers", "tokenizers"), ("motion-ckpt", "motion"))
+        ("ckpt", "checkpoint"), ("text-ckpt", "text_ckpt"), ("tokenizers", "tokenizers"), ("motion-ckpt", "motion"),
+        ("vae-ckpt", "vae_ckpt"), ("pixel-ckpt", "pixel_ckpt"), ("teacher-2d", "teacher_2d"))
         if name in files and files[name] != were.get(name, files[name])]
     for name, said in (("script", ""), ("model", "--model ")):
         if (was := before.get(name, now[name])) != now[name]:
@@ -176,6 +180,7 @@ def open_folder(args: argparse.Namespace, preset: Preset, out: Path, gen_iter: i
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     config = dict(args=vars(args), preset=preset._asdict(), argv=sys.argv, git=git, torch=torch.__version__,
                   world_size=dist.get_world_size())
+    (out / "state").mkdir(exist_ok=True)  # what stands in the way of it is told now, not at the first state
     with replacing(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1, default=str))
 

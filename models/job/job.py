@@ -219,7 +219,7 @@ class Job:
                                               if key.startswith("loss_")), refresh=False)
             self.bar.update()
             if gen_iter % 100 == 0:
-                if self.teacher_std is None and self.text is not None and args.evaluate:
+                if self.teacher_std is None and self.text is not None and args.evaluate and not any_rank(self.stop):
                     self.teacher_std = deviations(self.F_phi, self.text, self.known_prompts()[:64], args,
                                                   self.preset, self.latent_shape, self.device)
                 if is_main():

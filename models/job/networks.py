@@ -18,7 +18,7 @@ from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator, shrink_count
 from models.job.families import DENOISER, FAMILIES, MOTION, VAE, fitting_text, source
 from models.job.motion import split_motion
-from models.job.notes import check_adapter, export_notes, parametrisation
+from models.job.notes import check_adapter, export_notes, parametrisation, read_of
 from models.parallel import (
     barrier,
     fill_random,
@@ -181,7 +181,7 @@ def teacher_files(args, preset: Preset) -> dict:
     for flag, usual in (("text_ckpt", None), ("tokenizers", preset.tokenizers)):
         given = getattr(args, flag)
         path = given if given != usual else args.ckpt and family.beside(args.ckpt, preset, flag)
-        found[flag] = fingerprint(Path(path)) if path and Path(path).exists() else path
+        found[flag] = read_of(Path(path), flag) if path and Path(path).exists() else path
     found |= dict(motion=fingerprint(args.motion_ckpt)) if args.motion_ckpt else {}
     found |= dict(ftfy=models.text.ftfy is not None) if family.mends else {}
     return found | (dict(null_prompt=args.null_prompt) if args.null_prompt else {})

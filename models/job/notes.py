@@ -10,6 +10,8 @@ from models.checkpoint import InputError, Tensors
 from models.diffusion import FLOWS, SNR_SHIFT, alphas_cumprod
 from models.parse import read_object, short
 from models.presets import PRESETS, Preset
+from models.shards import fingerprint
+from models.text_encoders import FOLDERS
 
 # How others write what a network predicts. "velocity" beside a DDPM schedule is v.
 SPELLINGS = {"epsilon": ("epsilon", "eps"), "v": ("v", "v_prediction", "v-prediction", "velocity")}
@@ -186,6 +188,19 @@ def parametrisation(notes: dict[str, str]) -> dict[str, str]:
     return {key: notes[f"dmdx.{key}"] for key in ("predicts", "schedule") if f"dmdx.{key}" in notes}
 
 
+def read_of(folder: Path, flag: str) -> str:
+    """Fingerprint of what --text-ckpt or --tokenizers reads of a folder: of a pipeline's not the other networks."""
+    names = FOLDERS.values() if flag == "text_ckpt" else ("tokenizer", "tokenizer_3")
+    return " ".join(map(fingerprint, [folder / name for name in names if (folder / name).is_dir()] or [folder]))
+
+
+def other_base(adapter: Path, base: Path) -> str:
+    """A note where an adapter in its run's folder was trained on another checkpoint than `base`, else ""."""
+    run = run_settings(adapter.parent) if adapter.name.startswith("generator") else {}
+    known = run.get("teacher_files", {}).get("checkpoint") in (None, fingerprint(base))
+    return "" if known else f"note: {adapter} was trained on another checkpoint than {base}"
+
+
 def run_settings(folder: Path) -> dict:
     """The flags with which a run was last started, from its config.json; none where there is no such file, or
     that of another program. Raises InputError for a damaged one."""
@@ -196,8 +211,8 @@ def run_settings(folder: Path) -> dict:
     kinds = dict(model=str, ckpt=str | None, text_ckpt=str | None, tokenizers=str, size=list, no_t5=bool)
     if not isinstance(args, dict):
         raise InputError(f"{path}: holds args {short(args, 40)}; expected {what}")
-    kinds |= {name: kind for name, kind in dict(frames=int | None, vae_ckpt=str | None, motion_ckpt=str | None).items()
-              if name in args}  # which older runs have not
+    later = dict(frames=int | None, vae_ckpt=str | None, motion_ckpt=str | None, teacher_files=dict, files=dict)
+    kinds |= {name: kind for name, kind in later.items() if name in args}  # which older runs have not
     wrong = [f"{name} {short(args.get(name, 'missing'), 40)}" for name, kind in kinds.items()
              if name not in args or not isinstance(args[name], kind)]
     if not wrong and [type(side) for side in args["size"]] != [int, int]:
