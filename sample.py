@@ -51,7 +51,7 @@ from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, MOTION, source
 from models.job.folder import check_out, hold
-from models.job.notes import export_notes, other_base, parametrisation, run_settings
+from models.job.notes import export_notes, other_base, parametrisation, read_of, run_settings
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.parse import short
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
@@ -66,13 +66,16 @@ def from_run_folder(args) -> None:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
     preset = PRESETS[args.model]
+    holds_vae = (folder / "generator.safetensors").exists() and FAMILIES[preset.family].single_file  # as it was
+    files = trained.get("teacher_files", {}) | trained.get("files", {})
     for flag in ("vae_ckpt", "text_ckpt", "tokenizers"):  # where training found what it was not told
         if base and trained.get(flag) in (None, preset.tokenizers):
             trained[flag] = FAMILIES[preset.family].beside(base, preset, flag) or trained.get(flag)
+        path, used = trained.get(flag), not getattr(args, flag) and not (flag == "vae_ckpt" and holds_vae)
+        if used and files.get(flag) and path and Path(path).exists() and read_of(Path(path), flag) != files[flag]:
+            print0(f"note: {path} is not as it was when {folder} was trained")
     args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
-    vae = trained.get("vae_ckpt")
-    if (folder / "generator.safetensors").exists() and FAMILIES[preset.family].single_file:
-        vae = None  # the export holds it as it was
+    vae = None if holds_vae else trained.get("vae_ckpt")
     args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
     args.frames = args.frames or trained.get("frames")
@@ -177,7 +180,7 @@ def main(args):
     adapter = networks.open_lora(args, preset) if args.lora else {}
     preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")
-    if args.lora and (note := other_base(args.lora, teacher.path)):
+    if args.lora and (note := other_base(open_tensors(args.lora), teacher.path)):
         print0(note)
     for path in files if is_main() else ():
         networks.check_export(path)

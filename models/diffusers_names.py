@@ -312,13 +312,15 @@ def wan_from_diffusers(tensors: Tensors) -> Tensors:
 
 
 def wan_vae_from_diffusers(tensors: Tensors) -> Tensors:
-    """Wan's 3D autoencoder in the same way. Diffusers has a level's three ResNets and its upsampling apart."""
+    """Wan's 3D autoencoder in the same way. Diffusers has a level's ResNets, three in the published one, and its
+    upsampling apart."""
     if "encoder.conv_in.weight" not in tensors:
         return tensors
+    count = len({name.split(".")[4] for name in tensors if name.startswith("decoder.up_blocks.0.resnets.")})
 
     def original(name: str) -> str:
         name = re.sub(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
-                      lambda found: f".upsamples.{4 * int(found[1]) + int(found[2] or 3)}.", name)
+                      lambda found: f".upsamples.{(count + 1) * int(found[1]) + int(found[2] or count)}.", name)
         for pattern, replacement in WAN_VAE_RULES:
             name = re.sub(pattern, replacement, name)
         return name

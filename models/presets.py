@@ -214,9 +214,9 @@ PRESETS = {
         latent_channels=4, vae_factor=4,
         vae=dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, quant=False, shift=0.0, scale=1.0,
                  groups=8),
-        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=4, cfg=(1.5, 2.5), teacher_cfg=3.0,
-        lr_theta=5e-5, lr_psi=3e-4, lr_tau=5e-4, lr_decay=0.5, batch_size=16, micro_batch=16, no_checkpointing=True,
-        max_iter=400, head_width=128, decode_batch=16,
+        clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=8, cfg=(1.5, 2.5), teacher_cfg=3.0,
+        lr_theta=5e-5, lr_psi=3e-4, lr_tau=5e-4, lr_decay=0.5, batch_size=64, micro_batch=32, no_checkpointing=True,
+        max_iter=350, head_width=128, decode_batch=16,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, data="shapes"),
 }
 

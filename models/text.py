@@ -21,6 +21,7 @@ and CogVideoX, a negative prompt for Wan. Letters: B prompts, L tokens, D width 
 pooled vector.
 """
 import html
+import json
 import math
 import re
 import warnings
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+from tokenizers.models import Unigram
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -280,7 +282,10 @@ class WanText(Text):
     def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None, length: int = 512,
                  null: str = "negative", device: torch.device | str = "cpu"):
         super().__init__(("umt5",), parts, tokenizers, device, length)
-        self.null = null
+        self.null, tokenizer = null, self.readers["umt5"]
+        if tokenizer is not None:  # transformers 5 gives unknown characters T5's id, 2, whatever the files say; UMT5's is 3
+            vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
+            tokenizer.backend_tokenizer.model = Unigram([*map(tuple, vocabulary)], tokenizer.unk_token_id)
         if ftfy is None:
             warnings.warn("ftfy is not installed: full-width punctuation, ligatures, curly quotes and broken "
                           "encodings in prompts stay as they are, where Wan's original mends them; `pip install ftfy`")

@@ -36,7 +36,7 @@ def distil(args, method: str, theta: float, times: int, seed: int, updates: int)
     word = "".join(c for c in method if c.isalnum() or c == "-")
     out = args.out / f"{word}-{theta:g}-{times}-{updates}-{seed}"
     flags = [*flags, *rate_flags(script, theta, times)]
-    finish(script, out, "--steps", N, "--max-iter", updates, "--seed", seed, *flags, model=NAME)
+    finish(script, out, "--steps", N, "--batch-size", 16, "--max-iter", updates, "--seed", seed, *flags, model=NAME)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-100:]
     result = figures(out / "generator.safetensors", args.samples, N, None, NAME, N)
     if told := average(rows, "told_apart"):  # DMD has no D

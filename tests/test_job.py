@@ -263,6 +263,7 @@ def test_wrong_counters_are_found(copy, capsys):
     (["--evaluate", -1], "--evaluate -1"), (["--lora-rank", -1], "--lora-rank -1: expected at least 0"),
     (["--fake-lora", -1], "--fake-lora -1: expected at least 0"),
     (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 1 processes"), (["--shard-ranks", -1], "--shard-ranks -1"),
+    (["--lora-rank", 4, "--export-dtype", "bf16"], "--export-dtype bf16: adapters are exported in float32; expected --lora-rank 0"),
     (["--profile", 2, "--resume"], "--profile 2 --resume: expected a profile from the first update on, without --resume"),
     (["--size", 32, 30], "--size 32 30: tiny-sd3 takes multiples of 8 up to 64"),
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")

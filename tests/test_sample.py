@@ -301,6 +301,9 @@ def test_an_adapter_on_another_base_than_its_runs_is_told(tmp_path, capsys):
     assert note in capsys.readouterr().out
     train(tmp_path / "on", "--ckpt", tmp_path / "x.safetensors", "--lora-rank", 4, "--init", run)
     assert note in capsys.readouterr().out
+    (run / "generator_lora.safetensors").rename(tmp_path / "moved.safetensors")
+    pictures(tmp_path / "apart", "--ckpt", tmp_path / "x.safetensors", "--lora", tmp_path / "moved.safetensors", "--count", 1)
+    assert f"note: {tmp_path / 'moved.safetensors'} was trained on another checkpoint than" in capsys.readouterr().out
 
 
 def test_a_runs_export_is_decoded_by_the_vae_that_it_holds(tmp_path):
@@ -310,6 +313,21 @@ def test_a_runs_export_is_decoded_by_the_vae_that_it_holds(tmp_path):
     run = train(tmp_path / "run", "--vae-ckpt", vae)
     vae.unlink()
     assert difference(pictures(tmp_path / "a", "--ckpt", run), pictures(tmp_path / "b", "--ckpt", run / "generator.safetensors")) == 0
+
+
+def test_text_encoders_that_changed_since_a_run_are_told(tmp_path, capsys):
+    tensors, texts = open_tensors(ROW.ckpt), tmp_path / "texts.safetensors"
+    encoders = {name: tensors[name] for name in tensors if name.startswith("text_encoders.")}
+    save_safetensors(texts, encoders)
+    run = train(tmp_path / "run", "--text-ckpt", texts)
+    pictures(tmp_path / "a", "--ckpt", run, "--count", 1)
+    assert "is not as it was" not in capsys.readouterr().out
+    name = "text_encoders.clip_l.transformer.text_model.final_layer_norm.bias"
+    save_safetensors(texts, encoders | {name: encoders[name] + 1})
+    pictures(tmp_path / "b", "--ckpt", run, "--count", 1)
+    assert f"note: {texts} is not as it was when {run} was trained\n" in capsys.readouterr().out
+    pictures(tmp_path / "c", "--ckpt", run, "--count", 1, "--text-ckpt", ROW.ckpt)
+    assert "is not as it was" not in capsys.readouterr().out
 
 
 def test_flags_of_which_one_would_be_passed_over(tmp_path, adapter):

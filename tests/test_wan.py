@@ -9,6 +9,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import torch.distributed as dist
 from conftest import ROOT, check_every_third_block_is_tapped, golden, read_golden, wan_golden
@@ -250,6 +251,24 @@ def test_prompts_are_padded_or_cut_and_the_unconditional_is_the_negative_prompt_
     assert empty.context[:, 0].any() and not empty.context[:, 1:].any()  # the end token's row alone
     assert torch.equal(text.unconditional().context, text.encode([WAN_NEGATIVE]).context)
     assert text.unconditional().context.shape == (1, 6, text.umt5.config.d_model) and text.overlong([WAN_NEGATIVE]) == 1
+
+
+def test_unknown_characters_are_the_files_own_token(umt5, tmp_path):
+    """UMT5's <unk> is 3 and not T5's 2, which transformers 5 takes for both."""
+    parts, _, _, _ = umt5
+    (tmp_path / "text.txt").write_text("a cat runs\nthe cat\n" * 20)
+    (tmp_path / "tokenizer").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer" / "spiece"), vocab_size=14,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="T5Tokenizer", extra_ids=0, additional_special_tokens=[], bos_token="<s>")))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer" / "spiece.model"))
+    text = WanText(parts, load_tokenizers(tmp_path, t5=False), length=12)
+    for prompt in ("the cat", "a \u2603 cat", "\u2603"):
+        (ids,) = text.tokenize([prompt])
+        expected = [*pieces.encode(prompt), 1]
+        assert ids[0, :len(expected)].tolist() == expected and (3 in expected) == ("\u2603" in prompt)
 
 
 # ---- schedule ----------------------------------------------------------------------------------------------

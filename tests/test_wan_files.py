@@ -74,6 +74,26 @@ def test_diffusers_names_become_the_originals(file, read):
         assert len({*sum(map(list, named.values()), [])}) == len(found)
 
 
+def test_an_autoencoder_of_other_levels_has_its_names_too():
+    """With 1 and 3 ResNets a level going down, 2 and 4 going up; the published one has 2 and 3."""
+    for blocks in (1, 3):
+        with torch.device("meta"):
+            ours = wan_vae.WanVAE((6, 12), blocks, 16, (True,)).state_dict()
+        last = f"decoder.upsamples.{blocks + 1}."  # of level 0: the upsampling
+        named = {name: tuple(p.shape) for name, p in ours.items() if name.startswith("decoder.upsamples.")}
+        theirs = {"encoder.conv_in.weight": ()}
+        for name in named:
+            level, i = divmod(int(name.split(".")[2]), blocks + 2)
+            place = "upsamplers.0" if name.startswith(last) else f"resnets.{i}"
+            rest = name.split(".", 3)[3]
+            for old, new in (("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"),
+                             ("residual.6", "conv2"), ("shortcut", "conv_shortcut")):
+                rest = rest.replace(old, new)
+            theirs[f"decoder.up_blocks.{level}.{place}.{rest}"] = named[name]
+        read = wan_vae_from_diffusers(Tensors("vae", theirs, None)).shapes
+        assert {name: shape for name, shape in read.items() if name in named} == named
+
+
 SIZES = dict(depth=3, width=256, heads=2, ffn_dim=64, freq_dim=32, text_dim=48, in_channels=16, patch=2, text_len=20)
 
 

@@ -136,8 +136,10 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if args.offload_activations and args.no_checkpointing:
         raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
                          "expected checkpointing, of which it moves what is kept")
+    if getattr(args, "lora_rank", 0) and args.export_dtype != "fp32":
+        raise InputError(f"--export-dtype {args.export_dtype}: adapters are exported in float32; expected --lora-rank 0")
     init = init_file(args)
-    if init and getattr(args, "lora_rank", 0) and (note := other_base(init.path, source(args, preset).path)):
+    if init and getattr(args, "lora_rank", 0) and (note := other_base(init, source(args, preset).path)):
         print0(note)
     predicts = export_notes(init).get("dmdx.predicts") if init else "velocity"
     if adp and predicts != "velocity":

@@ -313,7 +313,7 @@ def export(args, preset: Preset, G_theta: Denoiser, out: Path) -> None:
         metadata |= {"dmdx.null_prompt": args.null_prompt} if args.null_prompt else {}
     if G_theta.lora:
         adapter, = G_theta.lora
-        saved = G_theta.net, family.names, adapter, metadata
+        saved = G_theta.net, family.names, adapter, metadata | {"dmdx.base": args.teacher_files["checkpoint"]}
         lora.save_diffusers(out / ADAPTER, *saved)
         lora.save_kohya(out / "generator_lora_kohya.safetensors", *saved)
         if family.names.dotted:

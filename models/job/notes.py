@@ -190,15 +190,14 @@ def parametrisation(notes: dict[str, str]) -> dict[str, str]:
 
 def read_of(folder: Path, flag: str) -> str:
     """Fingerprint of what --text-ckpt or --tokenizers reads of a folder: of a pipeline's not the other networks."""
-    names = FOLDERS.values() if flag == "text_ckpt" else ("tokenizer", "tokenizer_3")
+    names = {"text_ckpt": FOLDERS.values(), "tokenizers": ("tokenizer", "tokenizer_3")}.get(flag, ())
     return " ".join(map(fingerprint, [folder / name for name in names if (folder / name).is_dir()] or [folder]))
 
 
-def other_base(adapter: Path, base: Path) -> str:
-    """A note where an adapter in its run's folder was trained on another checkpoint than `base`, else ""."""
-    run = run_settings(adapter.parent) if adapter.name.startswith("generator") else {}
-    known = run.get("teacher_files", {}).get("checkpoint") in (None, fingerprint(base))
-    return "" if known else f"note: {adapter} was trained on another checkpoint than {base}"
+def other_base(adapter: Tensors, base: Path) -> str:
+    """A note where an adapter of ours was trained on another checkpoint than `base`, else ""."""
+    known = adapter.metadata.get("dmdx.base") in (None, fingerprint(base))
+    return "" if known else f"note: {adapter.path} was trained on another checkpoint than {base}"
 
 
 def run_settings(folder: Path) -> dict:
