@@ -68,7 +68,8 @@ def main(args):
     preset = flags.resolve(args)
     if not preset.base_2d:
         raise InputError(f"--model {args.model}: expected one with a teacher of single frames, such as animatediff")
-    if min(args.lambdas) < 0 or not any(args.lambdas[args.sdm == "none":]):  # without SDM only the GAN's counts
+    used = args.lambdas[1:] if args.sdm == "none" else args.lambdas  # without SDM only the GAN's counts
+    if min(args.lambdas) < 0 or not any(used):
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g} --sdm {args.sdm}: expected weights >= 0, "
                          "not all 0")
     if args.sdm == "2d" and args.frames_sdm > args.frames:

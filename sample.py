@@ -51,7 +51,7 @@ from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, MOTION, source
 from models.job.folder import check_out, hold
-from models.job.notes import export_notes, other_base, parametrisation, read_of, run_settings
+from models.job.notes import export_notes, parametrisation, read_of, run_settings, tell_other_base
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.parse import short
 from models.pictures import film_strip, picture, read_text, save_grid, save_mp4, save_png
@@ -66,7 +66,8 @@ def from_run_folder(args) -> None:
         return  # some other program's folder
     folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
     preset = PRESETS[args.model]
-    holds_vae = (folder / "generator.safetensors").exists() and FAMILIES[preset.family].single_file  # as it was
+    full, adapter = folder / "generator.safetensors", folder / networks.ADAPTER
+    holds_vae = full.exists() and FAMILIES[preset.family].single_file  # as it was
     files = trained.get("teacher_files", {}) | trained.get("files", {})
     for flag in ("vae_ckpt", "text_ckpt", "tokenizers"):  # where training found what it was not told
         if base and trained.get(flag) in (None, preset.tokenizers):
@@ -81,12 +82,12 @@ def from_run_folder(args) -> None:
     args.frames = args.frames or trained.get("frames")
     motion = trained.get("motion_ckpt")
     args.no_t5 = args.no_t5 or trained["no_t5"]
-    if (folder / "generator.safetensors").exists():
-        args.ckpt = folder / "generator.safetensors"
-    elif (folder / "generator_lora.safetensors").exists():
+    if full.exists():
+        args.ckpt = full
+    elif adapter.exists():
         if args.lora:
             raise InputError(f"--lora {args.lora}: {folder} is an adapter itself; expected no --lora")
-        args.lora = folder / "generator_lora.safetensors"
+        args.lora = adapter
         args.ckpt, args.motion_ckpt = base, args.motion_ckpt or motion and Path(motion)
     else:
         raise InputError(f"{folder} has no exported generator yet: let the run end, "
@@ -180,8 +181,8 @@ def main(args):
     adapter = networks.open_lora(args, preset) if args.lora else {}
     preset = preset._replace(**parametrisation(base))
     print0(f"loading {settings['ckpt']}")
-    if args.lora and (note := other_base(open_tensors(args.lora), teacher.path)):
-        print0(note)
+    if args.lora:
+        tell_other_base(open_tensors(args.lora), teacher.path)
     for path in files if is_main() else ():
         networks.check_export(path)
     net = networks.load_network(args, preset, mesh, device)

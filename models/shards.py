@@ -60,9 +60,11 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{size} ".encode())
         with file.open("rb") as f:
-            digest.update(f.read() if size <= 2 ** 26 else b"")
-            for i in range(256 * (size > 2 ** 26)):
-                f.seek(max(0, size - 4096) * i // 255)
+            if size <= 2 ** 26:
+                digest.update(f.read())
+                continue
+            for i in range(256):
+                f.seek((size - 4096) * i // 255)
                 digest.update(f.read(4096))
     return digest.hexdigest()
 

@@ -283,7 +283,7 @@ class WanText(Text):
                  null: str = "negative", device: torch.device | str = "cpu"):
         super().__init__(("umt5",), parts, tokenizers, device, length)
         self.null, tokenizer = null, self.readers["umt5"]
-        if tokenizer is not None:  # transformers 5 gives unknown characters T5's id, 2, whatever the files say; UMT5's is 3
+        if tokenizer is not None:  # transformers 5 gives unknown characters T5's id, 2; UMT5's own is 3
             vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
             tokenizer.backend_tokenizer.model = Unigram([*map(tuple, vocabulary)], tokenizer.unk_token_id)
         if ftfy is None:

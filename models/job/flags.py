@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from models.checkpoint import InputError
 from models.data import digest, read_prompts
-from models.job.families import FAMILIES, Family, source
+from models.job.families import FAMILIES, Family
 from models.job.networks import init_file
-from models.job.notes import export_notes, other_base
-from models.parallel import barrier, print0
+from models.job.notes import export_notes
+from models.parallel import barrier
 from models.parse import short
 from models.presets import PRESETS, Preset
 from models.progress import drop_closed_streams, end_bars
@@ -137,10 +137,9 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
         raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
                          "expected checkpointing, of which it moves what is kept")
     if getattr(args, "lora_rank", 0) and args.export_dtype != "fp32":
-        raise InputError(f"--export-dtype {args.export_dtype}: adapters are exported in float32; expected --lora-rank 0")
+        raise InputError(f"--export-dtype {args.export_dtype}: adapters are exported in float32; "
+                         "expected --lora-rank 0")
     init = init_file(args)
-    if init and getattr(args, "lora_rank", 0) and (note := other_base(init, source(args, preset).path)):
-        print0(note)
     predicts = export_notes(init).get("dmdx.predicts") if init else "velocity"
     if adp and predicts != "velocity":
         raise InputError(f"--init {args.init}: a generator that predicts {predicts}; expected a run of adp.py")

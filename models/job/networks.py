@@ -18,7 +18,7 @@ from models.diffusion import Denoiser
 from models.discriminator import Discriminator, PixelDiscriminator, VideoDiscriminator, shrink_count
 from models.job.families import DENOISER, FAMILIES, MOTION, VAE, fitting_text, source
 from models.job.motion import split_motion
-from models.job.notes import check_adapter, export_notes, parametrisation, read_of
+from models.job.notes import check_adapter, export_notes, parametrisation, read_of, tell_other_base
 from models.parallel import (
     barrier,
     fill_random,
@@ -120,8 +120,7 @@ def init_file(args) -> Tensors | None:
         exports = [init / name for name in ("generator.safetensors", ADAPTER)]
         found = [path for path in exports if path.exists()]
         if not found:
-            raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished "
-                             "run")
+            raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
         init = exports[bool(rank)] if exports[bool(rank)] in found else found[0]
     tensors = checkpoint.open_tensors(init)
     adapter = any(".lora_" in name for name in tensors)
@@ -130,8 +129,7 @@ def init_file(args) -> Tensors | None:
                          "expected --lora-rank 0")
     model = export_notes(tensors).get("dmdx.model")
     if model != args.model:
-        raise InputError(f"--init {init}: a generator of {model or 'no run of ours'}; "
-                         f"expected one of {args.model}")
+        raise InputError(f"--init {init}: a generator of {model or 'no run of ours'}; expected one of {args.model}")
     if adapter and not rank:
         raise InputError(f"--init {init}: an adapter on the teacher's weights; expected --lora-rank with its "
                          "rank, or a generator with all weights")
@@ -159,6 +157,8 @@ def load_adapter(args, preset: Preset, G_theta: Denoiser) -> Denoiser:
         return G_theta
     if is_main():
         check_export(tensors.path)
+    if not args.random_weights:
+        tell_other_base(tensors, source(args, preset).path)
     lora.load_lora(G_theta.net, FAMILIES[preset.family].names, G_theta.lora[0], tensors)
     return replace(G_theta, **parametrisation(export_notes(tensors)))
 

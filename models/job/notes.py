@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.checkpoint import InputError, Tensors
 from models.diffusion import FLOWS, SNR_SHIFT, alphas_cumprod
+from models.parallel import print0
 from models.parse import read_object, short
 from models.presets import PRESETS, Preset
 from models.shards import fingerprint
@@ -194,10 +195,10 @@ def read_of(folder: Path, flag: str) -> str:
     return " ".join(map(fingerprint, [folder / name for name in names if (folder / name).is_dir()] or [folder]))
 
 
-def other_base(adapter: Tensors, base: Path) -> str:
-    """A note where an adapter of ours was trained on another checkpoint than `base`, else ""."""
-    known = adapter.metadata.get("dmdx.base") in (None, fingerprint(base))
-    return "" if known else f"note: {adapter.path} was trained on another checkpoint than {base}"
+def tell_other_base(adapter: Tensors, base: Path) -> None:
+    """A note where an adapter of ours was trained on another checkpoint than `base`."""
+    if adapter.metadata.get("dmdx.base") not in (None, fingerprint(base)):
+        print0(f"note: {adapter.path} was trained on another checkpoint than {base}")
 
 
 def run_settings(folder: Path) -> dict:
