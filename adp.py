@@ -10,7 +10,7 @@ writes runs/adp-MODEL-NNN/ as adm.py does; `adm.py --init` goes on from there.
 F_phi teacher     G_theta generator, a velocity network on the straight path between the two ends of a pair
 D_tau1 latent discriminator on F_phi's features     D_tau2 pixel discriminator on the vision encoder's
 x_T, x_0 the ends of a pair, noise and teacher's sample     c its prompt     x_hat_0 generated
-t generator time     t_d, z_d time and noise of the latent discriminator, on the teacher's schedule
+t generator time     t_d, z_d time (the paper's t') and noise of D_tau1, on the teacher's schedule
 Shapes: latents B C H W, times B; images B 3 and their height and width.
 """
 from pathlib import Path
@@ -47,7 +47,7 @@ from models.diffusion import Denoiser, generator_times, q, random_time, target, 
 from models.discriminator import hinge
 from models.job import flags, networks
 from models.job.job import Job
-from models.parallel import adamw, init_distributed, print0, set_trainable
+from models.parallel import adamw, init_distributed, of_main, print0, set_trainable
 from models.shards import open_pairs
 
 
@@ -59,8 +59,8 @@ def main(args):
     if preset.frames and args.loss == "gan" and args.lambdas[1]:
         raise InputError(f"--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}: the pixel discriminator takes "
                          f"pictures and {args.model} makes videos; expected the second to be 0")
-    pairs = None if args.random_weights else open_pairs(args.pairs or Path(f"runs/odes-{args.model}"),
-                                                        args.model, networks.latent_shape(args, preset))
+    pairs = None if args.random_weights else of_main(open_pairs(  # a collection may be under way
+        args.pairs or Path(f"runs/odes-{args.model}"), args.model, networks.latent_shape(args, preset)))
     if pairs:
         networks.check_pairs(args, preset, pairs)
         args.prompts_digest = pairs.digest()

@@ -120,6 +120,13 @@ def any_rank(flag: bool) -> bool:
     return value.item() > 0
 
 
+def of_main(value):
+    """Rank 0's value on every rank: a disk may show each node another state of a folder."""
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
 @cache
 def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -278,8 +285,8 @@ def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
         p.requires_grad_(on)
 
 
-def update(opt: torch.optim.Optimizer, loss: Tensor, warmup: float = 1.0) -> tuple[float, float]:
-    """Step, at `warmup` times the learning rates, and clear the gradients that `loss` (detached, this rank's
+def update(opt: torch.optim.Optimizer, loss: Tensor, rate: float = 1.0) -> tuple[float, float]:
+    """Step, at `rate` times the learning rates, and clear the gradients that `loss` (detached, this rank's
     mean) left: (loss over all ranks, gradient norm). A non-finite loss or norm skips the step on every rank
     alike; the caller sees it in the returned values."""
     reshard()
@@ -288,7 +295,7 @@ def update(opt: torch.optim.Optimizer, loss: Tensor, warmup: float = 1.0) -> tup
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss, = mean_over_ranks([loss])
     for group in opt.param_groups:
-        group["lr"] = warmup * group["initial_lr"]
+        group["lr"] = rate * group["initial_lr"]
     if math.isfinite(loss) and math.isfinite(norm):
         lent = [p for p in trained if "exp_avg" not in opt.state[p]]
         for p in lent:

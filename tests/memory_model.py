@@ -133,7 +133,7 @@ class Idle:
     def nothing(self, *args):
         pass
 
-    wait_stream = wait_event = record = wait = synchronize = nothing
+    wait_stream = wait_event = record = wait = synchronize = is_capturing = nothing
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -195,6 +195,7 @@ def install(world: int, counted: LiveBytes) -> None:
         Tensor, pin_memory=lambda self: self, is_pinned=lambda self: True,
         new_tensor=lambda self, value, device=None: torch.tensor(value).to(device or self.device, self.dtype),
     ).start()
+    patch.object(torch.accelerator, "current_stream", Idle).start()
     save_on_cpu = torch.autograd.graph.save_on_cpu
     patch.object(torch.autograd.graph, "save_on_cpu", lambda pin_memory: save_on_cpu(pin_memory=False)).start()
     patch.object(torch.nn.functional, "scaled_dot_product_attention", attention).start()

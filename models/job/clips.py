@@ -15,7 +15,7 @@ from models.eval.metrics import procedural
 from models.job.job import Job
 from models.job.latents import vae_digest
 from models.job.networks import latent_shape
-from models.parallel import print0
+from models.parallel import of_main, print0
 from models.presets import PRESETS, Preset
 from models.shards import Pairs, fingerprint, open_pairs
 from models.text import Cond
@@ -36,7 +36,7 @@ def open_source(args: argparse.Namespace, preset: Preset) -> Clips | Pairs | lis
                          f"{preset.size[0]} {preset.size[1]}; expected that, --videos or --latents")
     if args.latents:
         alike = [name for name, row in PRESETS.items() if (row.family, row.vae) == (preset.family, preset.vae)]
-        source = open_pairs(args.latents, args.model, latent_shape(args, preset), "latents", alike)
+        source = of_main(open_pairs(args.latents, args.model, latent_shape(args, preset), "latents", alike))
         args.prompts_digest = source.digest()
         return source
     if args.videos:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from models import data
 from models.checkpoint import InputError, replacing
 from models.job.notes import run_settings
-from models.parallel import is_main, print0
+from models.parallel import is_main, of_main, print0
 from models.presets import Preset
 from models.saving import WriteError
 from models.shards import fingerprint
@@ -37,7 +37,8 @@ def check_out(out: Path) -> None:
     """Raises InputError unless `out` is a folder to write to, or can become one."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise InputError(f"{out}: {there} is a {'file' if there.exists() else 'broken link'}; expected a folder or the name of a new one")
+        raise InputError(f"{out}: {there} is a {'file' if there.exists() else 'broken link'}; expected a folder or "
+                         "the name of a new one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{out}: {there} cannot be written to; expected a folder that can")
 
@@ -57,9 +58,7 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
                              "pass the folder to continue in as --out")
     elif args.out is None:
         args.out = Path("runs") / f"{script}-{args.model}-{int(runs[-1].name[-3:]) + 1 if runs else 0:03d}"
-    holder = [args.out]
-    dist.broadcast_object_list(holder)
-    args.out, = holder
+    args.out = of_main(args.out)
     if args.resume not in (None, "newest") and not Path(args.resume).is_dir():
         raise InputError(f"--resume {args.resume}: no such folder; expected a saved state, RUN/state/iter_XXXXXXXX")
     if not args.profile:
@@ -110,9 +109,8 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
     """The progress of the state that --resume names, else of the newest that can be read, which fills `roles`;
     None where the folder holds none. Raises InputError when none can be read, and for another --init than
     that of the state's run."""
-    holder = [[Path(args.resume)] if args.resume != "newest" else complete_states(out / "state")[::-1]]
-    dist.broadcast_object_list(holder)  # a network disk may show every node another list
-    states, refused = holder[0], []
+    states = of_main([Path(args.resume)] if args.resume != "newest" else complete_states(out / "state")[::-1])
+    refused = []
     if states:
         started = states[0].resolve().parent.parent
         if states[0].exists() and not run_settings(started):

@@ -17,7 +17,7 @@ from models.job.families import FAMILIES
 from models.job.folder import check_out, hold, release
 from models.job.networks import DTYPES, load_text
 from models.job.sampling import note_overlong
-from models.parallel import barrier, is_main, print0
+from models.parallel import barrier, is_main, of_main, print0
 from models.parse import short
 from models.presets import Preset
 from models.progress import bar
@@ -81,8 +81,9 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
         raise InputError(f"{folder}: encoded with other settings: {', '.join(changed)}; expected another "
                          "--cache-text or the flags and files that it was made with")
     shards.check_shards(folder, manifest)
+    manifest = of_main(manifest)  # another run may add to it at this moment
     cached = CachedText(folder, manifest, device)
-    left = [prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in cached.places]
+    left = of_main([prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in cached.places])
     barrier()  # every rank has read the folder before rank 0 writes there
     if not left:
         return cached
@@ -94,7 +95,7 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return CachedText(folder, shards.read_manifest(folder, "text"), device)
+    return CachedText(folder, of_main(manifest), device)
 
 
 def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None], dtype: torch.dtype,
@@ -105,7 +106,8 @@ def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None]
         hold(folder)
         known = shards.read_manifest(folder, "text") if (folder / "manifest.json").exists() else manifest
         if known != manifest:  # what is swept would be the other's
-            raise InputError(f"{folder}: another run has added prompts meanwhile; expected this one to be started again")
+            raise InputError(f"{folder}: another run has added prompts meanwhile; expected this one to be started "
+                             "again")
         shards.sweep_shards(folder, manifest)
     barrier()  # nobody writes before that is swept
     parts = [(first + i, left[i:i + SHARD]) for i in range(0, len(left), SHARD)]
