@@ -10,7 +10,7 @@ metrics.jsonl, sample grids, the resumable state and the exported generator.
 
 F_phi teacher          f_psi fake score estimator   G_theta generator       D_tau discriminator
 z, z_hat, z_f, z_g noises   x_hat_0 generated       x_t diffused to t       s = t - dt
-c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
+c prompt, c_null unconditional   w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
 Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite Algorithm 1
 ("Alg. 1 l. 17") and the equations.
 """
@@ -21,7 +21,7 @@ def parse_args(argv=None):
     parser, add = parsers.distillation_parser(__file__, __doc__)
     parsers.add_discriminator_flags(parser, add)
     add("--dt", type=float, default=1 / 64, help="of the PF-ODE step in Alg. 1 l. 20, 21; on DDPM grids rounded")
-    add("--r1", type=float, default=0.0, metavar="WEIGHT", help="of a penalty on D_tau's slope, not in the paper")
+    add("--r1", type=float, default=0.0, metavar="WEIGHT", help="of a gradient penalty on D_tau, not in the paper")
     add("--normalise", action="store_true",
         help="divide each sample's gradient at x_hat_0 by its mean absolute value; not in the paper")
     add("--detach-fake", action="store_true", help="no gradient through f_psi's prediction in Alg. 1 l. 20")
@@ -54,7 +54,7 @@ from models.job.job import Job
 from models.parallel import adamw, init_distributed, set_trainable
 
 
-NEAR = 0.03  # step of the finite difference by which --r1 estimates D_tau's slope; latents have deviation 1
+NEAR = 0.03  # step of the finite difference in --r1's gradient penalty; latents have standard deviation 1
 
 
 def main(args):
@@ -92,6 +92,7 @@ def main(args):
     f_step = replace(f_psi, net=torch.no_grad()(f_psi.net)) if args.detach_fake else f_psi
 
     def guidance(name, indices):  # scales of the real score and of the generator; None: unguided
+        # [choice] The generator's is the real score's of the same sample, less the offset.
         w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * job.uniform(name, indices)
         return w, None if args.generator_cfg_offset is None else w - args.generator_cfg_offset
 

@@ -75,7 +75,8 @@ def main(args):
     if args.sdm == "2d" and args.frames_sdm > args.frames:
         raise InputError(f"--frames-sdm {args.frames_sdm}: expected at most the clip's {args.frames} frames")
     if args.teacher_2d and args.sdm != "2d":
-        raise InputError(f"--teacher-2d {args.teacher_2d} --sdm {args.sdm}: expected --sdm 2d, which has such a teacher")
+        raise InputError(f"--teacher-2d {args.teacher_2d} --sdm {args.sdm}: expected --sdm 2d, which has such a "
+                         "teacher")
     source = clips.open_source(args, preset)
     args_2d, preset_2d = networks.frame_model(args, preset)
     if args.sdm == "2d" and not args.random_weights:  # wrong files are refused before any is loaded
@@ -88,7 +89,7 @@ def main(args):
 
     F_phi = Denoiser(load(), preset.predicts, preset.schedule)
     G_theta = networks.load_generator(args, preset, mesh, device)                      # Alg. 1 l. 1
-    G_theta = replace(G_theta, renoise=args.rollout == "renoise")
+    G_theta = replace(G_theta, renoise=args.rollout == "renoise")  # [choice] fresh noise, as DMD2's rollout
     D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device, VideoDiscriminator)  # Alg. 1 l. 1
     if args.sdm == "2d":  # given pictures, F_phi's network is its UNet without motion
         F_sdm = Denoiser(load_2d() if args.teacher_2d else F_phi.net, preset_2d.predicts, preset_2d.schedule)
@@ -147,6 +148,7 @@ def main(args):
                 x = x_hat_0.detach().requires_grad_()
                 t, eps = gan_pair("eps", indices)                                      # Alg. 1 l. 5
                 x_t = q(F_phi.schedule, x, t, eps)                                     # Alg. 1 l. 6
+                # [differs] Eq. (7) with its sign turned: as printed, G_theta would make D reject its clips.
                 loss_gan = softplus(-D_tau(D_tau.features(x_t, t, c))).mean()          # Alg. 1 l. 7, Eq. (7)
                 grad_gan, = torch.autograd.grad(lambda_gan * loss_gan, x)
                 loss_theta, grad_sdm = lambda_gan * loss_gan, torch.zeros_like(x)
@@ -173,8 +175,8 @@ def main(args):
             x_hat_0 = x_hat_0.detach()
             log.latents(x_hat_0)
 
-            # update fake model f_psi. Its gradient and D's are taken before theta's step of l. 11: both see x_hat_0
-            # from before that step in Algorithm 1 too.
+            # update fake model f_psi. [differs] l. 14 names the teacher phi_2D, which is frozen. Its gradient and D's
+            # are taken before theta's step of l. 11: in Algorithm 1, too, both see x_hat_0 from before it.
             if psi:
                 set_trainable(psi, True)
                 t, eps = sdm_pair("eps_psi", indices)                                  # Alg. 1 l. 12
@@ -185,7 +187,7 @@ def main(args):
                 log.add(loss_psi=loss_psi)
                 job.phase("fake")
 
-            # update discriminator D_tau
+            # update discriminator D_tau. [differs] l. 17 cites Eq. (5); the loss of D is Eq. (6).
             set_trainable(tau, True)
             t, eps = gan_pair("eps_tau", indices)  # [choice] the same for both clips  # Alg. 1 l. 15
             with torch.no_grad():

@@ -8,7 +8,7 @@
 
 F_phi teacher          f_psi fake score estimator   G_theta generator
 z, z_hat, z_f, z_g noises   x_hat_0 generated       x_t diffused to t
-c prompt, c_null empty       w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
+c prompt, c_null unconditional   w guidance scales       tn[n] = t_n, from tn[0] = 0 to tn[N] = T = 1
 Shapes: latents B C H W, of videos B T C H W, times and scales B. Comments cite Algorithm 1
 ("Alg. 1 l. 17") and the equations.
 """
@@ -73,6 +73,7 @@ def main(args):
     accumulation = len(job.micro_batches)
 
     def guidance(name, indices):  # scales of the real score and of the generator; None: unguided
+        # [choice] The generator's is the real score's of the same sample, less the offset.
         w = args.cfg[0] + (args.cfg[1] - args.cfg[0]) * job.uniform(name, indices)
         return w, None if args.generator_cfg_offset is None else w - args.generator_cfg_offset
 

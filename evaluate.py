@@ -90,7 +90,8 @@ def scored(kind: str, args):
                "hpsv2": dict(version=args.hpsv2_version), "mps": dict(threshold=args.mps_threshold)}
     ckpt = getattr(args, f"{name}_ckpt")
     score = load_scorer(name, ckpt, args.tokenizer, args.device, **options.get(kind, {}))
-    head = dict(metric=kind, variant=score.describe, weights=metrics.weights_of(ckpt, *[args.tokenizer] * bool(args.tokenizer)))
+    weights = metrics.weights_of(ckpt, *[args.tokenizer] * bool(args.tokenizer))
+    head = dict(metric=kind, variant=score.describe, weights=weights)
     suffixes, read, batch = (VIDEOS, read_mp4, 1) if video else (PICTURES, read_picture, args.batch)
 
     def compute(loaded: list[list], prompts: list[str]) -> list[float]:
@@ -131,7 +132,8 @@ def video_distance(args):
     real = sorted((path for path in args.real.rglob("*") if path.suffix.lower() in REAL_VIDEOS),
                   key=metrics.in_order) if args.real else []
     if not real:
-        raise InputError(f"{args.real or '--real FOLDER'}: expected real videos ({', '.join(REAL_VIDEOS)}) to compare with")
+        raise InputError(f"{args.real or '--real FOLDER'}: expected real videos ({', '.join(REAL_VIDEOS)}) to compare "
+                         "with")
     features = fvd.load_i3d(args.i3d_ckpt, args.fvd_resize, args.device)
     variant = f"{args.i3d_ckpt.name}, {args.fvd_resize}, {args.frames} frames"
 
@@ -207,8 +209,8 @@ def exact(args):
                 sample = avg_pool2d(sample.float(), 4).round().byte()
             if sample.shape[-2:] != (shapes.SIZE, shapes.SIZE) or samples and sample.shape != samples[0].shape:
                 sizes = {" x ".join(map(str, x.shape)) for x in (*samples[:1], sample)}
-                raise InputError(f"{folder.path}: {len(items)} samples of {some(sorted(sizes))}; the exact evaluator takes "
-                                 f"the tiny models' {shapes.SIZE} x {shapes.SIZE}, all alike")
+                raise InputError(f"{folder.path}: {len(items)} samples of {some(sorted(sizes))}; the exact evaluator "
+                                 f"takes the tiny models' {shapes.SIZE} x {shapes.SIZE}, all alike")
             if video and len(sample) < 2:
                 raise InputError(f"{item.path}: a video of one frame; the exact evaluator takes two at least")
             samples.append(sample)

@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add("--steps", type=int, help="default: the generator's N, or the teacher's full steps")
     add("--shift", type=float, metavar="X",
         help="sample as a few-step student: even times, shifted by X (1: not), no guidance by default")
-    add("--times", type=float, nargs="+", metavar="T", help="a student's times themselves, of 1 down, as 1 0.75 0.5 0.25")
+    add("--times", type=float, nargs="+", metavar="T", help="a student's own times, falling from 1: 1 0.75 0.5 0.25")
     add("--renoise", action="store_true", help="fresh noise between the steps, as LCM and DMD2 are sampled")
     add("--cfg", type=float, help="guidance scale, 1 for none; default: the teacher's, or the generator's, mostly none")
     add("--batch", type=int, default=4, help="pictures per forward")
@@ -155,7 +155,8 @@ def main(args):
     shift = args.shift or float(metadata.get("dmdx.shift", preset.shift))
     if args.times:
         if args.steps or args.shift or any(t <= s for t, s in zip(args.times, args.times[1:])):
-            raise InputError(f"--times {' '.join(map(str, args.times))}: expected falling times, no --steps and no --shift")
+            raise InputError(f"--times {' '.join(map(str, args.times))}: expected falling times, no --steps and no "
+                             "--shift")
         steps = len(args.times)
     guidance = float(metadata.get("dmdx.cfg", 1)) if student else preset.teacher_cfg
     cfg = args.cfg if args.cfg is not None else guidance

@@ -71,8 +71,8 @@ def check_text(text: str, place: str) -> None:
     if len(text) > LONGEST_PROMPT:
         raise InputError(f"{place}: {len(text)} characters; expected a prompt of at most {LONGEST_PROMPT}")
     if text.lower().startswith(("version https://git-lfs", "<!doctype html", "<html", "{\\rtf")):
-        raise InputError(f"{place}: {short(text, 40)} is of a web page, a Git LFS pointer or formatted text; expected a "
-                         "prompt")
+        raise InputError(f"{place}: {short(text, 40)} is of a web page, a Git LFS pointer or formatted text; expected "
+                         "a prompt")
 
 
 def digest(prompts: list[str]) -> str:
@@ -190,8 +190,8 @@ def tsv_prompts(path: Path) -> Iterator[tuple[int, str]]:
                     continue
                 cells.append("".join(parts))
                 if quotes % 2 or len(parts) > 1 and not quoted(cells[-1]):
-                    raise InputError(f"{path}: line {first}: the quotes around a cell that begins {parts[0][:40]!a} are not "
-                                     "closed at its end")
+                    raise InputError(f"{path}: line {first}: the quotes around a cell that begins {parts[0][:40]!a} "
+                                     "are not closed at its end")
                 parts = []
             if not parts:
                 yield first, [cell[1:-1].replace('""', '"') if quoted(cell) else cell for cell in cells]

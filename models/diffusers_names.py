@@ -21,7 +21,7 @@ class Names(NamedTuple):
     kohya: Callable             # (module, net) -> its name, dotted, in the files of kohya's sd-scripts
     architecture: str           # in `modelspec.architecture`
     implementation: str = "Stability-AI/generative-models"  # in `modelspec.implementation`, on GitHub
-    dotted: str = ""            # the prefix of the dotted names in ComfyUI's files, where those are a layout of their own
+    dotted: str = ""            # prefix of the dotted names in ComfyUI's files, where these have their own
 
 
 def same(module: str, net: nn.Module) -> str:
@@ -44,7 +44,8 @@ def differences(net: nn.Module) -> dict[tuple[str, str], str]:
     table = {}
     for name, _ in net.named_parameters():
         module, _, last = name.rpartition(".")
-        kinds = {"weight": [(module, "diff")], "bias": [(module, "diff_b")], "modulation": [(name, "diff"), (module, "diff_m")]}
+        kinds = {"weight": [(module, "diff")], "bias": [(module, "diff_b")],
+                 "modulation": [(name, "diff"), (module, "diff_m")]}
         for spelling, kind in kinds.get(last, [(name, "diff")]):
             table[spelling, kind] = table[spelling.replace(".", "_"), kind] = name
     return table

@@ -111,10 +111,10 @@ def teacher_times(steps: int, shift: float, schedule: str = "flow") -> Tensor:
     """The times of the original samplers, ascending: 0 and N values.
 
     "flow" as SD3's: the end points are shifted before the linear spacing and the result again. "wan": 1/N, ...,
-    1, shifted, those of its DPM-Solver and of FlowMatchEuler; its default sampler, UniPC, starts at 0.9998. "sdxl" as in
-    sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0. CogVideoX: DDPM
-    indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices 1,
-    1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
+    1, shifted, as its DPM-Solver and FlowMatchEuler; its default sampler, UniPC, starts at 0.9998.
+    "sdxl" as in sgm: DDPM indices from 999 down, evenly spaced and rounded down, the last one not 0.
+    CogVideoX: DDPM indices from 999 down in steps of 1000 / N, rounded ("trailing"). AnimateDiff: indices
+    1, 1 + 1000 // N, ... ("leading"), so that 25 steps start at 961 and not in pure noise."""
     if schedule == "wan":
         return generator_times(steps, shift, schedule)
     k = torch.arange(steps, dtype=torch.float64)

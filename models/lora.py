@@ -140,7 +140,7 @@ def peft_config(tensors: Tensors) -> dict:
         return {}
     config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
     kind, dora, begun = (config.get(key) for key in ("peft_type", "use_dora", "init_lora_weights"))
-    if kind not in (None, "LORA") or dora or str(begun).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if kind not in (None, "LORA") or dora or re.match("pissa|olora|corda|loftq|lora_ga", str(begun).lower()):
         raise InputError(f"{place}: peft_type {short(kind, 20)}, use_dora {short(dora, 20)}, init_lora_weights "
                          f"{short(begun, 20)}; expected plain LoRA on the model's unchanged weights")
     try:
@@ -188,7 +188,7 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
     pairs, wrong shapes and values that are not finite.
     """
     def refuse(problem, keys):
-        raise InputError(f"{tensors.path}: {problem}: {', '.join(map(short, keys[:3]))}{' ...' if len(keys) > 3 else ''}")
+        raise InputError(f"{tensors.path}: {problem}: {', '.join(map(short, keys[:3]))}" + " ..." * (len(keys) > 3))
 
     def warn(sentence):
         warnings.warn(f"{tensors.path}: {sentence}", stacklevel=3)
@@ -226,7 +226,8 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
                 refuse("expected floating-point weights, found whole numbers", [key])
             found[module][side] = value.float()
     if unknown or not (found or lora):
-        refuse("expected LoRA keys of this model's modules, found", unknown or sum(aside.values(), []) or ["no tensors"])
+        refuse("expected LoRA keys of this model's modules, found",
+               unknown or sum(aside.values(), []) or ["no tensors"])
     for what, left in aside.items():
         if left:
             warn(f"its {len(left)} {what} are not applied")

@@ -149,7 +149,8 @@ def check_stored(path: Path, zipped: bool) -> None:
         return
     archive = zipfile.ZipFile(path)
     if any(entry.compress_type for entry in archive.infolist()):
-        raise InputError(f"{path}: a compressed archive, or a TorchScript program; expected a file as torch.save writes it")
+        raise InputError(f"{path}: a compressed archive, or a TorchScript program; expected a file as torch.save "
+                         "writes it")
     # torch reads the directory that the last bytes point to, zipfile the one before them: they may be two.
     reader = torch._C.PyTorchFileReader(str(path))
     names = sorted(name.partition("/")[2] for name in archive.namelist())

@@ -179,7 +179,7 @@ ANIMATEDIFF = SD15._replace(
     family="animatediff", config=SD15.config | dict(motion_mid=True), schedule="animatediff",
     motion_repo="guoyww/animatediff", motion_file="mm_sd_v15_v2.ckpt", base_2d="sd1.5",
     lr_theta=4e-6, lr_motion=2e-5, lr_psi=2e-5, lr_tau=2e-5, warmup=500, batch_size=16, micro_batch=2,
-    max_iter=5000, decode_batch=1, sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=16)
+    max_iter=5000, sample_prompts=VIDEO_PROMPTS, evaluate=4, frames=16)
 
 PRESETS = {
     "sdxl": SDXL,
@@ -225,7 +225,7 @@ PRESETS["tiny-sdxl"] = SDXL._replace(
     config=dict(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, depth=(0, 1, 2), middle_depth=2,
                 context_dim=128, vector_dim=1600, in_channels=4, linear=True, head_dim=32, groups=8),
     ckpt=HERE / "tiny" / "tiny_sdxl.safetensors", repo="", file="tiny_sdxl.safetensors",
-    tokenizers=TINY.tokenizers, latent_channels=4, vae_factor=4, vae=TINY.vae | dict(quant=True),
+    tokenizers=TINY.tokenizers, vae_factor=4, vae=TINY.vae | dict(quant=True),
     clip_length=8, size=(32, 32), cfg=TINY.cfg, teacher_cfg=3.0,
     lr_theta=1e-4, lr_psi=4e-4, lr_tau=8e-4, lr_decay=1.0, batch_size=16, micro_batch=16, no_checkpointing=True,
     max_iter=1200, head_width=128,

@@ -223,8 +223,8 @@ def load_state(path: Path, roles: Roles) -> dict[str, int]:
 
 
 def check_sums(path: Path) -> None:
-    """Raises InputError if the small files of a state are not as they were written; states of older versions
-    hold no checksums. `load_state` compares the CRC-32 of every tensor that it reads."""
+    """Raises InputError if the small files of a state are not as they were written; without sha256.json they are
+    not compared. `load_state` compares the CRC-32 of every tensor that it reads."""
     try:
         sums = parse_json((path / "sha256.json").read_bytes())
         damaged = [name for name in SUMMED if sha256((path / name).read_bytes()).hexdigest() != sums[name]]

@@ -230,7 +230,7 @@ def pad_ids(rows: list[list[int]], length: int, value: int) -> Tensor:
 # ---- networks ----------------------------------------------------------------------------------------------
 
 def shapes_of(tensors: Tensors, kind: str, names: list[str], first: int = 2) -> list[tuple]:
-    """Shapes of the tensors `names`: matrices but for the first, of `first` dimensions. Raises InputError for others."""
+    """Shapes of the tensors `names`: matrices, but the first has `first` dimensions. Raises InputError for others."""
     for i, name in enumerate(names):
         shape = tensors.shapes.get(name, "missing")
         if shape == "missing" or len(shape) != (2 if i else first) or not all(shape):

@@ -322,7 +322,8 @@ class Clips:
                 self.ahead[key] = self.pool.submit(self.clip, *key)
         return keys
 
-    def read(self, iteration: int, indices: Sequence[int], rows: Sequence[int] | None = None) -> tuple[Tensor, list[str]]:
+    def read(self, iteration: int, indices: Sequence[int],
+             rows: Sequence[int] | None = None) -> tuple[Tensor, list[str]]:
         """(clips (B T 3 H W) in [-1, 1] float32 on the CPU, captions) of global sample indices."""
         for key in [key for key in self.ahead if key[0] < iteration]:
             self.ahead.pop(key).cancel()

@@ -1,5 +1,5 @@
 """ADM at 4 steps, where the paper uses it, on the embedded tiny-sd3: `python tests/table_adm.py`
-(1 to 3 hours of a core).
+(75 minutes of a core).
 
 Each method has the same search: on seed 0, short runs over one grid of the generator's rate and of the others'
 multiple of it. The best by accuracy less total variation then runs longer with three other seeds. Prints every trial,

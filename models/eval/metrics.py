@@ -22,8 +22,8 @@ from models.progress import bar
 from models.shards import fingerprint
 
 # What sample.py notes that is one of a folder's samples.
-GENERATOR = ("model", "ckpt", "weights", "precision", "steps", "cfg", "shift", "times", "renoise", "null_prompt", "no_t5",
-             "vae_ckpt", "text_ckpt", "tokenizers")
+GENERATOR = ("model", "ckpt", "weights", "precision", "steps", "cfg", "shift", "times", "renoise", "null_prompt",
+             "no_t5", "vae_ckpt", "text_ckpt", "tokenizers")
 # The papers' rows: model -> row -> column -> figure (DMDX Tables 1-3 and 6, AVDM2's table of losses).
 PAPER = {
     "sdxl": {
@@ -75,16 +75,15 @@ def in_order(path: Path) -> list:
 
 def read_items(folder: Path, prompts: list[str] | None, broken: dict[str, str]) -> list[Item]:
     """The pictures and videos in a folder, in the order of their names, without sample.py's grid. A prompt is
-    what the file notes, else what a video is named after in VBench's way, if there are no `prompts` or it is one of
-    them, else `prompts` in turn. Files that
-    cannot be opened go into `broken` with the reason. Raises InputError when there are none, and when they
-    note different generators."""
+    what the file notes, else a video's name in VBench's way (if there are no `prompts`, or it is one of them), else
+    `prompts` in turn. Files that cannot be opened go into `broken` with the reason. Raises InputError when there
+    are none, and when they note different generators."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of pictures or videos; `python sample.py --out {folder}` "
                          "makes it")
     files = sorted((path for path in folder.iterdir()
                     if path.suffix.lower() in PICTURES + VIDEOS and path.stem != "grid"
-                    and not path.name.startswith(".")), key=in_order)  # as macOS leaves beside each: no prompt is theirs
+                    and not path.name.startswith(".")), key=in_order)  # macOS leaves these beside each
     if not files:
         raise InputError(f"{folder}: no pictures or videos in this folder; expected "
                          f"{', '.join(PICTURES + VIDEOS)}")

@@ -87,8 +87,8 @@ def read_results(paths: list[Path]) -> tuple[dict[str, float], list[str]]:
 
 def lay_out(folder: Path, videos: list[tuple[Path, str]]) -> Path:
     """folder/videos with every MP4 as `{prompt}-{i}.mp4`, i counting a prompt's videos in the order given.
-    When these are not the videos of the last call, folder/results and folder/static go too. Raises InputError for a prompt
-    that is no file name."""
+    When these are not the videos of the last call, folder/results and folder/static go too. Raises InputError for
+    a prompt that is no file name."""
     counts, names = defaultdict(int), {}
     for path, prompt in videos:
         name = f"{prompt}-{counts[prompt]}.mp4"

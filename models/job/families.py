@@ -1,9 +1,9 @@
 """Model families: everything that differs from one architecture to the next, in one table at the end.
 
-A preset (models/presets.py) names its family, and no other file asks which family a model is of. A new one is
-a row of FAMILIES, made of its network, its text class and the few functions that open its files.
+A preset (models/presets.py) names its family. Only models/job/notes.py asks for it by name, where files say of
+which model they are. A new family is a row of FAMILIES: network, text class, the functions that open its files.
 
-`args` are the flags of `flags.model_flags`. What the user can mend raises InputError.
+`args` are the flags of `parsers.model_parser`. What the user can mend raises InputError.
 """
 import re
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from torch import nn
 from models import animatediff, cogvideox, cogvideox_vae, diffusers_names, mmdit, sdxl_unet, vae, wan, wan_vae
 from models.checkpoint import InputError, Tensors, find, open_tensors, some
 from models.diffusers_names import denoiser_of, vae_of
-from models.job.motion import base_tensors, merged, motion_tensors
+from models.job.motion import DENOISER, base_tensors, merged, motion_tensors
 from models.job.notes import check_announced, check_scale
 from models.presets import Preset
 from models.sat import dit_from_sat, vae_from_sat
 from models.text import CogVideoXText, SD3Text, SD15Text, SDXLText, WanText
 from models.text_encoders import FOLDERS, hub_tensors, load_tokenizers, t5_tensors, text_parts, umt5_tensors
 
-DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # groups of a single file
+VAE = "first_stage_model."  # group of a single file, as DENOISER
 HUB_DENOISERS = ("unet", "transformer")  # folders of the diffusers layout
 MOTION = "motion_module.safetensors"  # beside an exported generator.safetensors of AnimateDiff
 
@@ -281,8 +281,8 @@ def fitting_text(args, preset: Preset, device: torch.device) -> tuple[nn.Module,
     family = FAMILIES[preset.family]
     text, parts = family.new_text(args, preset, device)
     configs = [net.config for net in text.children()]
-    windows = sorted({config.max_position_embeddings for config in configs if hasattr(config, "max_position_embeddings")})
-    widths = [config.d_model for config in configs if hasattr(config, "d_model")]  # T5's, beside which CLIP's are padded
+    windows = sorted({c.max_position_embeddings for c in configs if hasattr(c, "max_position_embeddings")})
+    widths = [c.d_model for c in configs if hasattr(c, "d_model")]  # T5's, beside which CLIP's are padded
     width = widths[0] if widths else sum(config.hidden_size for config in configs)
     (_, expected), _ = family.condition_shapes(preset)
     files = some(dict.fromkeys(str(tensors.path) for tensors in parts.values()))

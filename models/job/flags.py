@@ -37,8 +37,8 @@ LIMITS = {
     "lr_decay": SHARE, "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT,
     "micro_batch": COUNT, "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT,
     "save_every": COUNT, "seed": (0, 2 ** 63 - 1),
-    "sequence_parallel": COUNT, "shard_size": COUNT, "shift": (0.01, 100), "size": (1, 10 ** 5), "steps": (1, 1000), "stride": COUNT,
-    "times": (0.001, 1), "ttur": COUNT, "warmup": COUNT, "workers": (1, 1000),
+    "sequence_parallel": COUNT, "shard_size": COUNT, "shift": (0.01, 100), "size": (1, 10 ** 5),
+    "steps": (1, 1000), "stride": COUNT, "times": (0.001, 1), "ttur": COUNT, "warmup": COUNT, "workers": (1, 1000),
 }
 
 
@@ -134,8 +134,8 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
                          "without --resume")
     args.max_iter = args.profile or args.max_iter
     if args.offload_activations and args.no_checkpointing:
-        raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the flag; "
-                         "expected checkpointing, of which it moves what is kept")
+        raise InputError(f"--offload-activations: {args.model} runs with --no-checkpointing, by its preset or the "
+                         "flag; expected checkpointing, of which it moves what is kept")
     if getattr(args, "lora_rank", 0) and args.export_dtype != "fp32":
         raise InputError(f"--export-dtype {args.export_dtype}: adapters are exported in float32; "
                          "expected --lora-rank 0")

@@ -69,7 +69,7 @@ class Job:
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
             args.teacher_files = teacher_files(args, preset)  # config.json keeps them, and --resume compares them
-            check_teacher(open_denoiser(args, preset))  # a wrong file is refused before the text encoders' long download
+            check_teacher(open_denoiser(args, preset))  # a wrong file is refused before the long download
             print0(f"loading {args.model}")
             self.vae = load_vae(args, preset, device)
             known = [*self.prompts, *prompts, *preset.sample_prompts, *self.known_prompts()]
@@ -254,7 +254,7 @@ class Job:
                             self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
         except NotFinite as error:
             print0(f"note: {error}; the run goes on")
-            return torch.zeros(len(prompts), *[args.frames] * bool(self.preset.frames), 3, *args.size, dtype=torch.uint8)
+            return torch.zeros(len(prompts), *[args.frames] * bool(args.frames), 3, *args.size, dtype=torch.uint8)
 
     def look(self, G_theta: Denoiser, tn: Tensor) -> None:
         """samples/XXXXXXXX.png or .mp4 of the generator every --sample-every updates, and a line of figures

@@ -11,7 +11,7 @@ from models.animatediff import MAX_FRAMES, positions
 from models.checkpoint import InputError, Tensors, some
 from models.diffusers_names import denoiser_of
 
-UNET = "model.diffusion_model."
+DENOISER = "model.diffusion_model."  # group of a single file
 PE = ".pos_encoder.pe"
 
 
@@ -57,7 +57,7 @@ def base_tensors(tensors: Tensors) -> Tensors:
     """The UNet's tensors of an SD1.5 file. Raises InputError for another kind of model."""
     found, unet = "motion modules", None
     if not any("motion_modules." in name for name in tensors):
-        unet = denoiser_of(tensors, UNET)
+        unet = denoiser_of(tensors, DENOISER)
         convs = [unet.shapes.get(name, ()) for name in ("input_blocks.0.0.weight", "out.2.weight")]
         found = "an SDXL model" if "label_emb.0.0.weight" in unet else None
     if unet and not found and all(len(shape) == 4 for shape in convs) and convs[0][1] != convs[1][0]:

@@ -1,6 +1,6 @@
 """The networks of a run: denoisers in their roles, text encoders, VAE, discriminators; and the export.
 
-`args` are the flags of `flags.model_flags`. What the user can mend raises InputError.
+`args` are the flags of `parsers.model_parser`. What the user can mend raises InputError.
 """
 import argparse
 from collections.abc import Callable
@@ -190,8 +190,8 @@ def teacher_files(args, preset: Preset) -> dict:
 def check_pairs(args, preset: Preset, pairs: Pairs) -> None:
     """Say how else these ODE pairs were made than the preset has it. Raises InputError for those of another
     teacher or of other conditions than this run's."""
-    flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text_ckpt="--text-ckpt", tokenizers="--tokenizers", motion="--motion-ckpt",
-                 null_prompt="--null-prompt", ftfy="prompts (is ftfy installed?)")
+    flags = dict(checkpoint="--ckpt", no_t5="--no-t5", text_ckpt="--text-ckpt", tokenizers="--tokenizers",
+                 motion="--motion-ckpt", null_prompt="--null-prompt", ftfy="prompts (is ftfy installed?)")
     now = teacher_files(args, preset)
     other = [flag for key, flag in flags.items()
              if key in pairs.manifest and pairs.manifest[key] != now.get(key)]

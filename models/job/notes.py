@@ -21,7 +21,7 @@ ARCHITECTURES = {"unet": "stable-diffusion-xl", "sd15": "stable-diffusion-v1",
                  "animatediff": "stable-diffusion-v1", "mmdit": ("stable-diffusion-3", "stable-diffusion-v3"),
                  "cogvideox": "cogvideo", "wan": "wan"}
 KNOWN = ("stable-diffusion", "cogvideo", "wan")  # with which the architectures begin that are told apart
-OTHERS = re.compile(r"wan.*(2[._]2|i2v|flf|vace|s2v|fun|animate)")  # of Wan's names, those that are not of text-to-video 2.1
+OTHERS = re.compile(r"wan.*(2[._]2|i2v|flf|vace|s2v|fun|animate)")  # of Wan's names, those not of 2.1's text-to-video
 # Schedule -> entries of diffusers' scheduler_config.json.
 DDPM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             trained_betas=None)
@@ -156,8 +156,9 @@ def check_scale(weights: Path, vae: dict) -> None:
     # Where the file says none, diffusers takes that of Stable Diffusion 1, or CogVideoX-2b's.
     usual = {"AutoencoderKL": 0.18215, "AutoencoderKLWan": None}.get(settings["_class_name"], 1.15258426)
     statistics = {key: list(vae[key]) if key in vae else None for key in ("mean", "std")}
-    for key, value, absent in (("scaling_factor", vae.get("scale"), usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
-                               *((f"latents_{key}", value, value) for key, value in statistics.items())):
+    for key, value, absent in (
+            ("scaling_factor", vae.get("scale"), usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
+            *((f"latents_{key}", value, value) for key, value in statistics.items())):
         found = absent if settings.get(key) is None else settings[key]
         if found != value:
             raise InputError(f"{path}: {key} {short(found, 40)}; expected {short(value, 40)}, with which this model's "
@@ -212,7 +213,7 @@ def run_settings(folder: Path) -> dict:
     if not isinstance(args, dict):
         raise InputError(f"{path}: holds args {short(args, 40)}; expected {what}")
     later = dict(frames=int | None, vae_ckpt=str | None, motion_ckpt=str | None, teacher_files=dict, files=dict)
-    kinds |= {name: kind for name, kind in later.items() if name in args}  # which older runs have not
+    kinds |= {name: kind for name, kind in later.items() if name in args}  # not every run has them
     wrong = [f"{name} {short(args.get(name, 'missing'), 40)}" for name, kind in kinds.items()
              if name not in args or not isinstance(args[name], kind)]
     if not wrong and [type(side) for side in args["size"]] != [int, int]:

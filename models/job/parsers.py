@@ -59,7 +59,7 @@ def model_parser(script: str, doc: str) -> argparse.ArgumentParser:
         help="unconditional of CogVideoX: zeros (default), as it was trained, or the encoded empty prompt; of Wan: the "
         "original's negative prompt (default), or the empty one")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    add("--frames", type=int, help="of a video; CogVideoX: 8 k + 1, Wan: 4 k + 1")
+    add("--frames", type=int, help="of a video; CogVideoX: 8 k + 1, Wan: 4 k + 1, AnimateDiff: at most 32")
     add = parser.add_argument_group("memory and ranks").add_argument
     add("--precision", choices=("bf16", "fp32"), help="of the computation; default bf16 on GPU, fp32 on CPU")
     add("--vae-precision", choices=("bf16", "fp32"), default="fp32", help="of the VAE, whose fp16 overflows")
@@ -97,14 +97,15 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     algorithm("--batch-size", type=int, help="samples per update, over all ranks and accumulation steps")
     algorithm("--lr-theta", type=float, help="learning rate of the generator")
     algorithm("--shift", type=float, help="of the generator's times, and of a flow teacher's")
-    algorithm("--lr-decay", type=float, metavar="SHARE", help="last share of the updates, over which all rates fall to 0")
+    algorithm("--lr-decay", type=float, metavar="SHARE",
+        help="last share of the updates, over which all rates fall to 0")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
     add("--resume", nargs="?", const="newest", metavar="STATE",
         help="continue --out (or the newest run) from its newest complete state")
     add("--save-every", type=int, default=500, metavar="N", help="generator updates")
     add("--sample-every", type=int, default=500, metavar="N", help="generator updates")
-    # [choice] half precision would round away what learning rates of 1e-8 have taught
+    # [choice] --init goes on from it exactly; in bf16 it computes as it did in training on GPUs
     add("--export-dtype", choices=PRECISIONS, default="fp32", help="of the exported generator")
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", type=int, metavar="N", help="samples of each row of the closing comparison; 0: none")
