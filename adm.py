@@ -65,8 +65,7 @@ def main(args):
     load = partial(networks.load_network, args, preset, mesh, device)
 
     # All start as the teacher, --init's generator as that run's. Roles share one module where they can.
-    adapters = {"generator": args.lora_rank, "fake": args.fake_lora}
-    base = load(adapters={name: rank for name, rank in adapters.items() if rank})
+    base = load(adapters={"generator": args.lora_rank, "fake": args.fake_lora})
     F_phi = Denoiser(base, preset.predicts, preset.schedule)                           # Alg. 1 l. 1
     if args.lora_rank:
         G_theta = replace(F_phi, lora=("generator",))                                  # Alg. 1 l. 3

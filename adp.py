@@ -69,8 +69,7 @@ def main(args):
     job = Job(__file__, args, preset, mesh, device, pairs.all_prompts() if pairs and args.cache_text else [])
     lambda_1, lambda_2 = args.lambdas if args.loss == "gan" else (0, 0)
 
-    adapters = {"generator": args.lora_rank} if args.lora_rank else {}
-    base = networks.load_network(args, preset, mesh, device, adapters=adapters)
+    base = networks.load_network(args, preset, mesh, device, adapters={"generator": args.lora_rank})
     F_phi = Denoiser(base, preset.predicts, preset.schedule)
     if args.lora_rank:
         G_theta = networks.load_adapter(args, preset, replace(F_phi, lora=("generator",)))
@@ -79,10 +78,11 @@ def main(args):
     # [choice] The teacher's weights, whose epsilon or v is read as the velocity of the pair's straight path from
     # the first update on.                                                              # Sec. 4.2.1
     G_theta = replace(G_theta, predicts="velocity", schedule="flow")
-    theta, tau = networks.trainables(G_theta), {}
+    theta, tau, watched = networks.trainables(G_theta), {}, dict(F_phi=F_phi, G_theta=G_theta)
     if lambda_1:
         D_tau1 = networks.new_discriminator(args, preset, F_phi, mesh, device)
         tau |= {f"latent.{name}": p for name, p in D_tau1.named_parameters()}
+        watched |= dict(D_tau1=D_tau1.F_phi)
     if lambda_2:
         D_tau2 = networks.new_pixel_discriminator(args, preset, mesh, device)
         tau |= {f"pixel.{name}": p for name, p in D_tau2.named_parameters()}
@@ -90,7 +90,7 @@ def main(args):
     if tau:
         roles |= dict(tau=(tau, adamw((tau, args.lr_tau))))
     job.start(**roles)
-    job.watch(F_phi=F_phi, G_theta=G_theta, **(dict(D_tau1=D_tau1.F_phi) if lambda_1 else {}))
+    job.watch(**watched)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     iteration, accumulation, recompute = job.gen_iter, len(job.micro_batches), not args.no_checkpointing
 

@@ -91,24 +91,28 @@ def main(args):
     G_theta = networks.load_generator(args, preset, mesh, device)                      # Alg. 1 l. 1
     G_theta = replace(G_theta, renoise=args.rollout == "renoise")  # [choice] fresh noise, as DMD2's rollout
     D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device, VideoDiscriminator)  # Alg. 1 l. 1
+    F_sdm, psi = F_phi, {}
     if args.sdm == "2d":  # given pictures, F_phi's network is its UNet without motion
         F_sdm = Denoiser(load_2d() if args.teacher_2d else F_phi.net, preset_2d.predicts, preset_2d.schedule)
         f_psi = Denoiser(load_2d(trainable=True), F_sdm.predicts, F_sdm.schedule)      # Alg. 1 l. 1
-    else:
-        F_sdm, f_psi = F_phi, replace(F_phi, net=load(trainable=True) if args.sdm == "video" else None)
+    elif args.sdm == "video":
+        f_psi = replace(F_phi, net=load(trainable=True))
     theta, tau = networks.trainables(G_theta), networks.trainables(D_tau)
-    psi = networks.trainables(f_psi) if f_psi.net else {}
     motion = {name: p for name, p in theta.items() if "motion_modules." in name}
     unet = {name: p for name, p in theta.items() if name not in motion}
     opt_theta = adamw((unet, args.lr_theta), (motion, args.lr_motion), **ADAMW)
     opt_tau = adamw((tau, args.lr_tau), **ADAMW)
     roles = dict(theta=(theta, opt_theta), tau=(tau, opt_tau))
-    if psi:
+    watched = dict(F_phi=F_phi, G_theta=G_theta, D_tau=D_tau.F_phi)
+    if args.sdm != "none":
+        psi = networks.trainables(f_psi)
         opt_psi = adamw((psi, args.lr_psi), **ADAMW)
         roles |= dict(psi=(psi, opt_psi))
+        watched |= dict(f_psi=f_psi)
+    if args.sdm == "2d":  # first: a shared module counts for the first role
+        watched = dict(F_2d=F_sdm) | watched
     job.start(**roles)
-    frames = dict(F_2d=F_sdm) if args.sdm == "2d" else {}  # first: a shared module counts for the first role
-    job.watch(**frames, F_phi=F_phi, G_theta=G_theta, **(dict(f_psi=f_psi) if psi else {}), D_tau=D_tau.F_phi)
+    job.watch(**watched)
     tn = generator_times(args.steps, preset.shift, G_theta.schedule).to(device)
     gen_iter, global_iter, accumulation = job.gen_iter, job.global_iter, len(job.micro_batches)
     lambda_sdm, lambda_gan = args.lambdas
@@ -121,11 +125,8 @@ def main(args):
         frames, clip = u.argsort(1)[:, :K].flatten(), torch.arange(len(u), device=device).repeat_interleave(K)
         return [x[clip, frames] if x.ndim == 5 else x[clip] for x in values]
 
-    def gan_pair(name, indices):  # times and noise of D's inputs
-        return random_time(F_phi.schedule, job.uniform(f"t_{name}", indices), **GAN_TIMES), job.noise(name, indices)
-
-    def sdm_pair(name, indices):
-        return random_time(F_sdm.schedule, job.uniform(f"t_{name}", indices), **SDM_TIMES), job.noise(name, indices)
+    def pair(F, limits, name, indices):  # times on F's schedule, and noise
+        return random_time(F.schedule, job.uniform(f"t_{name}", indices), **limits), job.noise(name, indices)
 
     while gen_iter < args.max_iter:                                                    # Alg. 1 l. 2, 18
         global_iter += 1
@@ -146,7 +147,7 @@ def main(args):
                 set_trainable(tau, False)
                 set_trainable(psi, False)
                 x = x_hat_0.detach().requires_grad_()
-                t, eps = gan_pair("eps", indices)                                      # Alg. 1 l. 5
+                t, eps = pair(F_phi, GAN_TIMES, "eps", indices)                        # Alg. 1 l. 5
                 x_t = q(F_phi.schedule, x, t, eps)                                     # Alg. 1 l. 6
                 # [differs] Eq. (7) with its sign turned: as printed, G_theta would make D reject its clips.
                 loss_gan = softplus(-D_tau(D_tau.features(x_t, t, c))).mean()          # Alg. 1 l. 7, Eq. (7)
@@ -154,7 +155,7 @@ def main(args):
                 loss_theta, grad_sdm = lambda_gan * loss_gan, torch.zeros_like(x)
                 job.phase("GAN")
                 if psi:
-                    t, eps = sdm_pair("eps_sdm", indices)                              # Alg. 1 l. 8
+                    t, eps = pair(F_sdm, SDM_TIMES, "eps_sdm", indices)                # Alg. 1 l. 8
                     x_K, eps, t, *c_K = pick("K", indices, x, eps, t, *c)              # Alg. 1 l. 8
                     x_t = q(F_sdm.schedule, x_K, t, eps)                               # Alg. 1 l. 9
                     with torch.no_grad():
@@ -179,7 +180,7 @@ def main(args):
             # are taken before theta's step of l. 11: in Algorithm 1, too, both see x_hat_0 from before it.
             if psi:
                 set_trainable(psi, True)
-                t, eps = sdm_pair("eps_psi", indices)                                  # Alg. 1 l. 12
+                t, eps = pair(f_psi, SDM_TIMES, "eps_psi", indices)                    # Alg. 1 l. 12
                 x_K, eps, t, *c_K = pick("K_psi", indices, x_hat_0, eps, t, *c)  # [choice] other frames than l. 8's
                 x_t = q(f_psi.schedule, x_K, t, eps)                                   # Alg. 1 l. 13
                 loss_psi = mse_loss(f_psi(x_t, t, c_K), target(f_psi.predicts, f_psi.schedule, x_K, t, eps))  # Eq. (2)
@@ -189,7 +190,7 @@ def main(args):
 
             # update discriminator D_tau. [differs] l. 17 cites Eq. (5); the loss of D is Eq. (6).
             set_trainable(tau, True)
-            t, eps = gan_pair("eps_tau", indices)  # [choice] the same for both clips  # Alg. 1 l. 15
+            t, eps = pair(F_phi, GAN_TIMES, "eps_tau", indices)  # [choice] the same for both clips  # Alg. 1 l. 15
             with torch.no_grad():
                 h_fake = D_tau.features(q(F_phi.schedule, x_hat_0, t, eps), t, c)      # Alg. 1 l. 16
                 h_real = D_tau.features(q(F_phi.schedule, x_0, t, eps), t, c)          # Alg. 1 l. 16

@@ -64,7 +64,8 @@ def settings(args, preset: Preset) -> dict:
                 seed=args.seed, steps=args.steps, schedule=preset.schedule, shift=preset.shift, cfg=args.cfg,
                 precision=args.precision, dtype=args.dtype, shard_size=args.shard_size,
                 prompts=files[0] if len(files) == 1 else files, **networks.teacher_files(args, preset))
-    same |= dict(frames=args.frames) if preset.frames else {}
+    if preset.frames:
+        same["frames"] = args.frames
     return json.loads(json.dumps(same))
 
 
@@ -150,7 +151,7 @@ def main(args):
             bad = [i for i, x in zip(indices, x_0) if not x.isfinite().all()]
             if bad:
                 raise InputError(f"x_0 of pair {bad[0]} is not finite; pass --precision fp32 or --dtype bf16")
-            entry = shards.write_shard(args.out, first, x_T.to(dtype), x_0, w, captions)
+            entry = shards.save_shard(args.out, "pairs", first, dict(x_T=x_T.to(dtype), x_0=x_0, w=w), captions)
             shards.add_shard(args.out, manifest, entry)
             shards.sweep_shards(args.out, manifest)
     progress.close()

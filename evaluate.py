@@ -90,7 +90,7 @@ def scored(kind: str, args):
                "hpsv2": dict(version=args.hpsv2_version), "mps": dict(threshold=args.mps_threshold)}
     ckpt = getattr(args, f"{name}_ckpt")
     score = load_scorer(name, ckpt, args.tokenizer, args.device, **options.get(kind, {}))
-    weights = metrics.weights_of(ckpt, *[args.tokenizer] * bool(args.tokenizer))
+    weights = metrics.weights_of(*([ckpt, args.tokenizer] if args.tokenizer else [ckpt]))
     head = dict(metric=kind, variant=score.describe, weights=weights)
     suffixes, read, batch = (VIDEOS, read_mp4, 1) if video else (PICTURES, read_picture, args.batch)
 
@@ -113,8 +113,6 @@ def diversity(args):
     head = dict(metric="lpips", variant=f"{args.lpips_net}, 512 x 512", weights=metrics.weights_of(*args.lpips_ckpt))
 
     def compute(groups: list[list], _) -> list[float]:
-        if min(map(len, groups)) < 2:
-            raise InputError("one picture of its prompt; diversity needs two")
         return [lpips.diversity(net, pictures, args.batch) for pictures in groups]
 
     def measure(folder: Folder) -> dict[str, float]:
@@ -164,19 +162,19 @@ def video_distance(args):
 
 def video_bench(args):
     from models.eval import vbench
-    short = {}
+    names = {}  # prompt of a video -> VBench's own, which its file is called after
     if args.vbench_short:
-        long, names = (prompt_sets.prompt_set(path) for path in ("vbench" if args.prompts is None else args.prompts,
-                                                                      args.vbench_short))
-        if len(long) != len(names):
-            raise InputError(f"{args.vbench_short}: {len(names)} prompts, and {len(long)} in --prompts; "
+        prompts = prompt_sets.prompt_set("vbench" if args.prompts is None else args.prompts)
+        own = prompt_sets.prompt_set(args.vbench_short)
+        if len(prompts) != len(own):
+            raise InputError(f"{args.vbench_short}: {len(own)} prompts, and {len(prompts)} in --prompts; "
                              "expected one for each")
-        short = dict(zip(long, names))
+        names = dict(zip(prompts, own))
 
     def name_of(item: Item) -> str:
-        if short and item.prompt not in short:
+        if names and item.prompt not in names:
             raise InputError(f"{item.path}: its prompt is not in --prompts: {item.prompt[:60]!r}")
-        return short.get(item.prompt, item.prompt)
+        return names.get(item.prompt, item.prompt)
 
     def measure(folder: Folder) -> dict[str, float]:
         results = args.vbench_results
@@ -185,7 +183,8 @@ def video_bench(args):
             videos = vbench.lay_out(root, [(item.path, name_of(item)) for item in folder.of(VIDEOS)])
             results = [root / "results"]
             failed = vbench.run(videos, results[0])
-            folder.notes += [f"VBench failed in {some(failed, 16)}"] * bool(failed)  # it says why itself
+            if failed:  # it says why itself
+                folder.notes.append(f"VBench failed in {some(failed, 16)}")
         values, notes = vbench.read_results(results)
         folder.notes += notes
         return {name: 100 * value for name, value in (values | vbench.totals(values)).items()}

@@ -167,7 +167,7 @@ def main(args):
         prompts = [args.prompt]
     else:
         prompts = prompt_set(args.prompts) if args.prompts is not None else list(preset.sample_prompts)
-    size = [args.frames] * bool(preset.frames) + list(args.size)
+    size = [args.frames, *args.size] if preset.frames else args.size
     settings = dict(seed=str(args.seed), steps=str(steps), cfg=f"{cfg:g}", model=args.model,
                     ckpt=checkpoint_name(args, preset.repo), size="x".join(map(str, size)))
     motion = args.motion_ckpt or teacher.path.with_name(MOTION) if "motion_ckpt" in family.flags else None

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -233,6 +233,13 @@ def renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
     """The tensors under other names, new name -> name in the file."""
     return Tensors(tensors.path, {new: tensors.shapes[old] for new, old in names.items()},
                    lambda new, rows: tensors.read(names[new], rows), tensors.metadata, tensors.prefix)
+
+
+def respelled(name: str, rules: Iterable[tuple[str | re.Pattern, str]]) -> str:
+    """A tensor's name after these substitutions (pattern, replacement), one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 # ---- loading -----------------------------------------------------------------------------------------------

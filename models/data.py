@@ -48,7 +48,8 @@ def read_prompts(source: str | Path | list) -> list[str]:
         text = cleaned(text, f"{path}: line {number}")
         if path.suffix.lower() == ".txt" and text.startswith(('{"', '["')):
             raise InputError(f"{path}: line {number} is JSON; expected prompts, or a name that ends in .jsonl or .json")
-        prompts += [text] if text else []
+        if text:
+            prompts.append(text)
     if not prompts:
         raise InputError(f"{path}: no prompt in this file")
     return prompts

@@ -1,7 +1,7 @@
 """Names of the networks' modules in diffusers, for its LoRA files and for checkpoints in its layout.
 
 A family's Names say which linear layers carry an adapter and what each module is called in diffusers. The
-last functions present a diffusers file of a UNet, an MMDiT or a 2D autoencoder under the original names.
+last functions present diffusers' files of a UNet, an MMDiT, Wan or an autoencoder under the original names.
 """
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from models.checkpoint import Tensors, joined, renamed
+from models.checkpoint import Tensors, joined, renamed, respelled
 
 
 class Names(NamedTuple):
@@ -285,9 +285,7 @@ def vae_from_diffusers(tensors: Tensors) -> Tensors:
     def original(name: str) -> str:
         # Diffusers counts the decoder's levels from the latent, the original from the image.
         name = re.sub(r"\.up_blocks\.(\d+)\.", lambda level: f".up.{top - int(level[1])}.", name)
-        for pattern, replacement in VAE_RULES:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return respelled(name, VAE_RULES)
 
     found = renamed(tensors, {original(name): name for name in tensors})
     matrices = {name for name, shape in found.shapes.items() if ".attn_1." in name and len(shape) == 2}
@@ -322,7 +320,5 @@ def wan_vae_from_diffusers(tensors: Tensors) -> Tensors:
     def original(name: str) -> str:
         name = re.sub(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.",
                       lambda found: f".upsamples.{(count + 1) * int(found[1]) + int(found[2] or count)}.", name)
-        for pattern, replacement in WAN_VAE_RULES:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return respelled(name, WAN_VAE_RULES)
     return renamed(tensors, {original(name): name for name in tensors})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
-from models.checkpoint import InputError, Tensors, save_safetensors, some
+from models.checkpoint import InputError, Tensors, respelled, save_safetensors, some
 from models.diffusers_names import Names, differences, spellings
 from models.parallel import local_rows
 from models.parse import parse_json, read_object, short
@@ -200,10 +200,7 @@ def read_lora(tensors: Tensors, net: nn.Module, names: Names) -> dict[str, list[
     table, whole, found, unknown, lora = spellings(net, names), differences(net), {}, [], {}
     sides = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
     for key in keys:
-        spelled = key
-        for pattern, new in OLD:
-            spelled = pattern.sub(new, spelled)
-        match, part = PART.fullmatch(spelled), key.rpartition(".")[2]
+        match, part = PART.fullmatch(respelled(key, OLD)), key.rpartition(".")[2]
         module = PREFIX.sub("", match[1] or match[4], count=1) if match else None
         module = module if module in table or not module else module.replace(".", "_")  # or dots and underscores
         # Of original modules: diffusers has no such keys, and its norm3 is Wan's norm2.

@@ -88,7 +88,7 @@ def neighbours(count: int) -> dist.ProcessGroup:
     return _neighbours(count, dist.group.WORLD)
 
 
-def share_of_rank(count: int, sequence: int = 1) -> list[int]:
+def share_of_rank(count: int, sequence: int) -> list[int]:
     """Which of `count` samples this rank makes, where each `sequence` neighbours make the same: equally many
     on all ranks, because a sharded network runs on all of them at once. Where `count` cannot be divided
     evenly, the last sample is made several times."""

@@ -53,7 +53,7 @@ def save_png(path: str | Path, image: Tensor, text: dict[str, str] | None = None
     save_picture(path, picture(image), text)
 
 
-def grid(images: Tensor, columns: int, least: int = 128) -> "Image.Image":
+def grid(images: Tensor, columns: int, least: int) -> "Image.Image":
     """Images (B 3 H W) in reading order, `columns` to a line, without margins; places left over are black.
     Images whose short side is below `least` are enlarged by a whole factor, to be seen at all."""
     from PIL import Image

@@ -5,7 +5,7 @@ present SAT files under them; a file that has them already passes unchanged.
 """
 import re
 
-from models.checkpoint import Tensors, joined, renamed
+from models.checkpoint import Tensors, joined, renamed, respelled
 
 DIT_PREFIX = "model.diffusion_model."
 # SAT module ("#" is a block's number) and published module, for weight and bias alike. A SAT tensor that
@@ -81,9 +81,7 @@ def vae_from_sat(tensors: Tensors) -> Tensors:
     def published(name: str) -> str:
         # SAT counts the decoder's levels from the video, the published names count from the latent.
         name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{top - int(m[1])}", name)
-        for pattern, replacement in VAE_RULES:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return respelled(name, VAE_RULES)
 
     source = {published(name): name for name in tensors if not name.startswith("loss.")}
     return renamed(tensors, source)

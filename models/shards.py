@@ -82,7 +82,7 @@ def read_manifest(folder: str | Path, kind: str = "pairs") -> dict:
         manifest = parse_json(path.read_bytes())
         height, width = manifest["size"]
         numbers = [height, width, *manifest["latent_shape"], manifest["count"]]
-        names = [manifest["model"], manifest.get("kind", "pairs")]
+        names = [manifest["model"], kind_of(manifest)]
         for entry in manifest["shards"]:
             numbers += [entry["first"], entry["count"], entry["bytes"]]
             names += [entry["file"], entry["sha256"]]
@@ -100,12 +100,6 @@ def read_manifest(folder: str | Path, kind: str = "pairs") -> dict:
 def write_manifest(folder: str | Path, manifest: dict) -> None:
     with replacing(Path(folder) / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
-
-
-def write_shard(folder: str | Path, first: int, x_T: Tensor, x_0: Tensor, w: Tensor,
-                prompts: list[str]) -> dict:
-    """Write the pairs from index `first` on: the shard's entry for the manifest."""
-    return save_shard(folder, "pairs", first, dict(x_T=x_T, x_0=x_0, w=w), prompts)
 
 
 def save_shard(folder: str | Path, kind: str, first: int, tensors: dict[str, Tensor],
@@ -199,7 +193,8 @@ def verify_shards(folder: Path, kind: str) -> None:
 
 
 class Pairs:
-    """Finished ODE pairs, or latents, of a folder; `open_pairs` makes it. `total`: how many it will have."""
+    """The finished ODE pairs, latents or encoded prompts of a folder, whose kind the manifest says. `total`: how
+    many it will have."""
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest, self.kind = folder, manifest, KINDS[kind_of(manifest)]
@@ -252,8 +247,8 @@ class Pairs:
         return self.opened[k]
 
     def read(self, indices: list[int]) -> tuple[Tensor | list[str], ...]:
-        """(x_T and x_0 (B C h w or B T C h w), prompts), of latents (x_0, prompts); float32 on the CPU. An
-        index is a place in range(len).
+        """(x_T and x_0 (B C h w or B T C h w), prompts), of latents (x_0, prompts), of encoded prompts (context
+        (B L D), pooled (B P), prompts); float32 on the CPU. An index is a place in range(len).
 
         Reads these only; the first time all of their shard, and raises InputError if it is damaged."""
         latents = {name: [] for name in self.kind.tensors if name != "w"}

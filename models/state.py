@@ -33,6 +33,7 @@ from models.parse import check_nesting, parse_json
 from models.saving import WriteError
 
 COUNTERS = ("gen_iter", "global_iter", "skipped")  # of progress.json
+KEPT = 2  # states of a run: where the newest is damaged, the one before it is taken
 SUMMED = (".metadata", "progress.json")  # the files of a state without a checksum of their own
 # Module -> what a plan names in it, when torch 2.11 to 2.13 wrote it.
 NAMES = {
@@ -63,10 +64,10 @@ def named_tensors(roles: Roles) -> dict[str, Tensor]:
 
 # ---- saving ------------------------------------------------------------------------------------------------
 
-def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, int], keep: int = 2) -> Path:
+def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, int]) -> Path:
     """Write the trained weights, their optimizer state and `progress`, which holds the COUNTERS, to
-    folder/iter_XXXXXXXX through a temporary name: a folder without `.tmp` is complete. The `keep` newest
-    states are kept. Raises WriteError, and leaves the states that are there, when it cannot be written."""
+    folder/iter_XXXXXXXX through a temporary name: a folder without `.tmp` is complete. The KEPT
+    newest states stay. Raises WriteError, and leaves the states that are there, when it cannot be written."""
     final, tensors = folder / f"iter_{iteration:08d}", named_tensors(roles)
     # `load_state` reads the elements alone, and could not tell another dtype or another order in memory.
     assert all(t.dtype == torch.float32 and local_rows(t)[0].is_contiguous() for t in tensors.values())
@@ -84,7 +85,7 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
             (temporary / "sha256.json").write_text(json.dumps(sums))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            for old in complete_states(folder)[:-keep]:
+            for old in complete_states(folder)[:-KEPT]:
                 shutil.rmtree(old)
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0

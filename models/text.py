@@ -192,7 +192,7 @@ class SDXLText(Text):
                  size: tuple[int, int] = (1024, 1024), heads: dict[str, int] = {},
                  device: torch.device | str = "cpu"):
         super().__init__(("clip_l", "clip_g"), parts, tokenizers, device, heads=heads)
-        self.size, self.window = size, self.windows["clip_l"]
+        self.size = size
 
     def forward(self, l_ids: Tensor, g_ids: Tensor) -> Cond:
         """-> context (B 77 D), pooled (B P), which is y without the sizes."""
@@ -213,7 +213,7 @@ class SDXLText(Text):
     def unconditional(self) -> Cond:
         """Zeros for all that comes of the prompt, as a batch of one; the sizes stay."""
         clip_l, clip_g = self.clip_l.config, self.clip_g.config
-        context = torch.zeros(1, self.window, clip_l.hidden_size + clip_g.hidden_size, device=self.device)
+        context = torch.zeros(1, self.windows["clip_l"], clip_l.hidden_size + clip_g.hidden_size, device=self.device)
         return self.with_sizes(Cond(context, context.new_zeros(1, clip_g.projection_dim)))
 
 
@@ -232,7 +232,7 @@ class CogVideoXText(Text):
     def __init__(self, parts: dict[str, Tensors], tokenizers: tuple | None = None, length: int = 226,
                  null: str = "zeros", device: torch.device | str = "cpu"):
         super().__init__(("t5",), parts, tokenizers, device, length)
-        self.length, self.null = length, null
+        self.null = null
 
     def forward(self, ids: Tensor) -> Cond:
         """-> context (B L D), pooled (B 0)."""
@@ -243,7 +243,7 @@ class CogVideoXText(Text):
         """As a batch of one."""
         if self.null == "empty":
             return super().unconditional()
-        context = torch.zeros(1, self.length, self.t5.config.d_model, device=self.device)
+        context = torch.zeros(1, self.windows["t5"], self.t5.config.d_model, device=self.device)
         return Cond(context, context.new_zeros(1, 0))
 
 

@@ -304,7 +304,7 @@ def clip_encoder(tensors: Tensors, name: str, heads: int | None = None) -> nn.Mo
     return clip
 
 
-def t5_encoder(tensors: Tensors, name: str = "t5") -> nn.Module:
+def t5_encoder(tensors: Tensors, name: str) -> nn.Module:
     """The network of "t5" or "umt5", sizes from the shapes. Raises InputError for another architecture."""
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
     names = ["shared", f"{attention}.relative_attention_bias", f"{attention}.q", f"{feed}.wi_0"]

@@ -252,7 +252,6 @@ class Clips:
         """Find the rows whose file is there. Kept are their places in the table and not their texts, 700 MB
         in OpenVid-1M. Raises InputError when there are none."""
         spelt = {spelling(name): name for name in files_in(self.folder)}
-        there = spelt.keys()
         rows, self.bytes = records(self.table), self.table.stat().st_size
         _, _, header = next(rows, (1, 0, []))
         names = [name.strip().lower() for name in header]
@@ -267,8 +266,8 @@ class Clips:
                 raise InputError(f"{self.table}: line {number} has {len(cells)} fields, the header "
                                  f"{len(header)}; expected captions that hold the separator in quotes")
             self.total += 1
-            names = self.files(cells)
-            if there.isdisjoint([*names, *map(spelling, names)]):
+            files = self.files(cells)
+            if spelt.keys().isdisjoint([*files, *map(spelling, files)]):
                 continue
             self.found += 1
             text = cleaned(self.caption(cells), f"{self.table}: line {number}")

@@ -8,8 +8,6 @@ The modules are those of transformers. Files of the originals and of transformer
 tensor names. Shapes: B batch, H W an image's size, h w the grid of its patches, D width.
 """
 import math
-import re
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint as recompute
 
-from models.checkpoint import InputError, Tensors, check_names, check_values, find, open_tensors
+from models.checkpoint import InputError, Tensors, check_names, check_values, find, open_tensors, respelled
 from models.parse import read_object, short
 
 # SAM's, for pixels of 0..255. DINOv2's are ImageNet's for pixels of 0..1, which are these divided by 255.
@@ -111,7 +109,7 @@ def random_vision(kind: str, dtype: torch.dtype, device: torch.device | str) -> 
 
 
 def original_name(kind: str, name: str) -> str:
-    return reduce(lambda new, rule: re.sub(*rule, new), RULES[kind], name)
+    return respelled(name, RULES[kind])
 
 
 def original_tensors(kind: str, path: str | Path | None) -> Tensors:

@@ -46,6 +46,12 @@ def read_golden(path: Path) -> tuple[dict, dict]:
     return tensors, meta
 
 
+def near(value, expected, atol: float = 1e-4) -> None:
+    """Of golden values in float32. Where it was measured, references differ by 2e-5 at most from one another and from
+    their own float64 runs, the smallest wrong formula (GELU's other form, another eps) by 3e-4."""
+    torch.testing.assert_close(value, expected, atol=atol, rtol=0)
+
+
 def from_recipe(about: dict) -> dict:
     """Weights of a golden file that stores only how they were drawn (SDXL.md, "Weight recipe")."""
     weights, sha256 = {}, hashlib.sha256()
@@ -112,6 +118,25 @@ def refusal_of(script: str, *flags, printed: str = "") -> str:
     return errors.getvalue()
 
 
+def run(script, *flags) -> None:
+    """A script's main in this process."""
+    script.main(script.parse_args(list(map(str, flags))))
+
+
+def rows(out) -> list[dict]:
+    """Of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def says(call, *args, **named) -> str:
+    """The one sentence of the InputError that a call must raise."""
+    from models.checkpoint import InputError
+    with pytest.raises(InputError) as caught:
+        call(*args, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @contextmanager
 def states_saved(*iterations):
     """Scripts save their states after these iterations alone: saving takes half of a short run's time."""
@@ -129,3 +154,25 @@ def states_saved(*iterations):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(on_update): in place of every update on_update(role, roles, step) is called; roles: name -> parameters."""
+    from models.job import log
+    from models.job.job import Job
+    started, start, update = {}, Job.start, log.update
+
+    def starting(job, **roles):
+        started.clear()  # of another run in the same test
+        started.update(roles)
+        start(job, **roles)
+
+    def spy(on_update):
+        def updating(opt, loss, rate):
+            role = next(name for name, (_, other) in started.items() if other is opt)
+            roles = {name: params for name, (params, _) in started.items()}
+            return on_update(role, roles, lambda: update(opt, loss, rate))
+        monkeypatch.setattr(Job, "start", starting)
+        monkeypatch.setattr(log, "update", updating)
+    return spy

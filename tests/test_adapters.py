@@ -7,6 +7,7 @@ import torch
 from conftest import golden, states_saved
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from test_lora import train
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import adm
@@ -37,12 +38,6 @@ def build(model):
     frames = [(row.frames - 1) // family.frames_per_latent + 1] if row.frames else []
     x = torch.randn(2, *frames, row.latent_channels, *(side // row.vae_factor for side in row.size))
     return net, (x, torch.tensor([0.5, 0.9]), [torch.randn(2, *shape) for shape in family.condition_shapes(row)])
-
-
-def train(net, name):
-    """Stands for training: values of ordinary size in the up weights, which start at zero."""
-    for i, (down, up) in enumerate(lora_state(net, name).values()):
-        up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(i)) * down.shape[1] ** -0.5)
 
 
 @pytest.fixture(params=MODELS)

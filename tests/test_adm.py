@@ -1,16 +1,14 @@
 """adm.py on tiny networks: updates' order and ownership, Eq. (7)'s gradient, Eq. (8) by hand, TTUR, FLOPs."""
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, refusal_of, states_saved
+from conftest import ROOT, refusal_of, rows, run, states_saved
 from torch.utils.flop_counter import FlopCounterMode
 
 import adm
 from models.discriminator import Discriminator
-from models.job import log, networks
+from models.job import networks
 from models.job.families import FAMILIES
 from models.data import noise, uniform
 from models.diffusion import Denoiser
@@ -22,59 +20,39 @@ SCRIPT = (ROOT / "adm.py").read_text()
 
 def train(out, *flags, states=()):
     """Run adm.py in this process on random tiny networks; returns the rows of metrics.jsonl."""
-    args = adm.parse_args(["--random-weights", "--batch-size", "4", "--out", str(out), *map(str, flags)])
     with states_saved(*states):
-        adm.main(args)
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def spy(monkeypatch, on_update):
-    """Call on_update(role, roles, step) in place of every update; roles: psi, theta, tau in script order."""
-    roles, original = [], log.update
-
-    def trainables(role):
-        if len(roles) == 3:  # another run in the same test
-            roles.clear()
-        roles.append(run_trainables(role))
-        return roles[-1]
-
-    def update(opt, loss, warmup):
-        mine = {id(p) for group in opt.param_groups for p in group["params"]}
-        index = next(i for i, params in enumerate(roles) if {id(p) for p in params.values()} == mine)
-        return on_update(("psi", "theta", "tau")[index], roles, lambda: original(opt, loss, warmup))
-    run_trainables = networks.trainables
-    monkeypatch.setattr(networks, "trainables", trainables)
-    monkeypatch.setattr(log, "update", update)
+        run(adm, "--random-weights", "--batch-size", 4, "--out", out, *flags)
+    return rows(out)
 
 
 @pytest.mark.parametrize("flags", [
     ["--lora-rank", 0], ["--lora-rank", 4], ["--lora-rank", 4, "--fake-lora", 4]],
     ids=["full", "lora", "fake-lora"])
-def test_updates_come_in_order_and_change_only_their_own_parameters(tmp_path, monkeypatch, flags):
+def test_updates_come_in_order_and_change_only_their_own_parameters(tmp_path, spy, flags):
     order = []
 
     def on_update(role, roles, step):
-        before = [{name: local_rows(p.detach())[0].clone() for name, p in params.items()} for params in roles]
+        before = [{name: local_rows(p.detach())[0].clone() for name, p in params.items()}
+                  for params in roles.values()]
         result = step()
         changed = [any(not torch.equal(local_rows(p.detach())[0], old[name]) for name, p in params.items())
-                   for params, old in zip(roles, before)]
+                   for params, old in zip(roles.values(), before)]
         assert changed == [name == role for name in ("psi", "theta", "tau")]
         order.append(role)
         return result
-    spy(monkeypatch, on_update)
+    spy(on_update)
     train(tmp_path / "run", "--max-iter", 2, *flags)
     assert order == ["psi", "theta", "tau"] * 2
 
 
-def test_each_update_reaches_every_parameter_of_its_role(tmp_path, monkeypatch):
+def test_each_update_reaches_every_parameter_of_its_role(tmp_path, spy):
     silent = {}
 
     def on_update(role, roles, step):
-        params = roles[("psi", "theta", "tau").index(role)]
-        silent[role] = [name for name, p in params.items()
+        silent[role] = [name for name, p in roles[role].items()
                         if p.grad is None or local_rows(p.grad)[0].abs().sum() == 0]
         return step()
-    spy(monkeypatch, on_update)
+    spy(on_update)
     train(tmp_path / "run", "--max-iter", 1, "--lora-rank", 0)
     # The text queries of the last block feed a text output that nothing uses. While no logit is beyond the
     # hinge's margin, the last bias raises one term of Eq. (8) as much as it lowers the other.
@@ -83,7 +61,7 @@ def test_each_update_reaches_every_parameter_of_its_role(tmp_path, monkeypatch):
     assert silent == {"psi": unused, "theta": unused, "tau": [f"heads.{i}.logit.bias" for i in range(depth)]}
 
 
-def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
+def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch, spy):
     """Finite differences of the logged loss_theta against the gradient that the script takes. With lr_psi = 0
     and one step theta reaches the loss by Alg. 1 l. 17-22 alone; a graph cut on that way, at f_psi's network
     above all, shows."""
@@ -91,9 +69,9 @@ def test_gradient_of_eq7_goes_through_f_psi(tmp_path, monkeypatch):
 
     def on_update(role, roles, step):
         if role == "theta":
-            grads.update({name: local_rows(p.grad)[0].clone() for name, p in roles[1].items()})
+            grads.update({name: local_rows(p.grad)[0].clone() for name, p in roles["theta"].items()})
         return step()
-    spy(monkeypatch, on_update)
+    spy(on_update)
     original = networks.load_network
 
     def load_network(*args, **named):
@@ -174,9 +152,9 @@ def test_maps_that_are_too_small_have_no_head(tmp_path, capsys):
     assert "note: D's heads are linear on 0, 1" in capsys.readouterr().out
 
 
-def test_ttur_updates_the_fake_model_more_often(tmp_path, monkeypatch):
+def test_ttur_updates_the_fake_model_more_often(tmp_path, spy):
     order = []
-    spy(monkeypatch, lambda role, roles, step: order.append(role) or step())
+    spy(lambda role, roles, step: order.append(role) or step())
     rows = train(tmp_path / "run", "--max-iter", 2, "--ttur", 3)
     assert order == ["psi", "psi", "psi", "theta", "tau"] * 2
     assert [row["gen_iter"] for row in rows] == [0, 0, 1, 1, 1, 2]
@@ -234,8 +212,7 @@ def test_non_finite_iterations_are_skipped_and_stop_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(adm, "mse_loss", lambda a, b: (a - b).square().mean() * float("nan"))
     with pytest.raises(InputError, match="10 iterations in a row"):
         train(tmp_path / "run", "--max-iter", 20, "--batch-size", 1, states=[10])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped"] for row in rows] == list(range(1, 11))
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == list(range(1, 11))
     assert list((tmp_path / "run" / "state").glob("iter_*"))  # saved before it stopped
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, states_saved
+from conftest import ROOT, rows, run, says, states_saved
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,9 +19,8 @@ import collect_odes
 import sample
 from models import data, vision
 from models.job import job as job_module
-from models.job import log as log_module
 from models.job import networks
-from models.checkpoint import InputError, open_tensors, save_safetensors
+from models.checkpoint import open_tensors, save_safetensors
 from models.data import noise, uniform
 from models.shards import open_pairs
 from models.diffusion import q
@@ -52,17 +51,13 @@ def train(out, *flags, script=adp, states=()) -> list[dict]:
     with pytest.MonkeyPatch.context() as patch, states_saved(*states):
         for name, row in SMALL.items() if "--random-weights" in flags else ():
             patch.setitem(PRESETS, name, row)
-        script.main(script.parse_args(["--out", str(out), *map(str, flags)]))
-    path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        run(script, "--out", out, *flags)
+    return rows(out) if (out / "metrics.jsonl").exists() else []
 
 
 def refusal(out, *flags, script=adp) -> str:
     """The one sentence with which the script refuses these flags."""
-    with pytest.raises(InputError) as caught:
-        train(out, *flags, script=script)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return says(train, out, *flags, script=script)
 
 
 @pytest.fixture(scope="session")
@@ -275,24 +270,6 @@ def test_an_epoch_reads_every_pair_with_its_own_prompt(tmp_path, stubs, monkeypa
 
 # ---- real networks, small and random -----------------------------------------------------------------------
 
-def spy(monkeypatch, on_update):
-    """Call on_update(role, roles, step) in place of every update; roles: name -> parameters."""
-    roles, original, optimizer = {}, log_module.update, adp.adamw
-
-    def adamw(group):
-        if len(roles) == 2:  # another run in the same test
-            roles.clear()
-        roles[("theta", "tau")[len(roles)]] = group[0]
-        return optimizer(group)
-
-    def update(opt, loss, warmup):
-        mine = {id(p) for group in opt.param_groups for p in group["params"]}
-        role = next(name for name, params in roles.items() if {id(p) for p in params.values()} == mine)
-        return on_update(role, roles, lambda: original(opt, loss, warmup))
-    monkeypatch.setattr(adp, "adamw", adamw)
-    monkeypatch.setattr(log_module, "update", update)
-
-
 def keep(monkeypatch, module, name) -> list:
     """What calls of module.name will have returned."""
     kept, original = [], getattr(module, name)
@@ -322,7 +299,7 @@ LATENT, PIXEL = "new_discriminator", "new_pixel_discriminator"
     ([], []), (["--lambdas", 1, 0], [PIXEL]), (["--lambdas", 0, 1], [LATENT]),
     (["--loss", "mse"], [LATENT, PIXEL])],
     ids=["gan", "latent", "pixel", "mse"])
-def test_updates_theta_then_tau_each_of_its_own_parameters(tmp_path, monkeypatch, flags, unused):
+def test_updates_theta_then_tau_each_of_its_own_parameters(tmp_path, monkeypatch, spy, flags, unused):
     """And all of them: of every parameter a gradient arrives. Nothing else changes or holds a gradient."""
     order, silent, frozen = [], {}, {}
     forbid(monkeypatch, *unused)
@@ -342,7 +319,7 @@ def test_updates_theta_then_tau_each_of_its_own_parameters(tmp_path, monkeypatch
             assert changed == (key == role)
         order.append(role)
         return result
-    spy(monkeypatch, on_update)
+    spy(on_update)
     train(tmp_path / "run", *RANDOM, "--max-iter", 2, *flags)
     assert order == (["theta"] if len(unused) == 2 else ["theta", "tau"]) * 2
     assert len(encoders) == (PIXEL not in unused) and len(frozen) > 100
@@ -356,7 +333,7 @@ def test_updates_theta_then_tau_each_of_its_own_parameters(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("lambdas", [(1, 0), (0, 1)], ids=["latent", "pixel"])
-def test_gradient_of_eq9_goes_through_the_backbones_and_the_decoder(tmp_path, monkeypatch, lambdas):
+def test_gradient_of_eq9_goes_through_the_backbones_and_the_decoder(tmp_path, monkeypatch, spy, lambdas):
     """Finite differences of the logged loss_theta against the gradient that the script takes: with the pixel
     discriminator alone theta reaches the loss by the VAE's decoder and the vision encoder."""
     grads, shift = {}, {}
@@ -365,7 +342,7 @@ def test_gradient_of_eq9_goes_through_the_backbones_and_the_decoder(tmp_path, mo
         if role == "theta":
             grads.update({name: copy_of(p.grad) for name, p in roles["theta"].items()})
         return step()
-    spy(monkeypatch, on_update)
+    spy(on_update)
     original = networks.load_network
 
     def load_network(*args, **named):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, from_recipe, golden, read_golden
+from conftest import GOLDEN, from_recipe, golden, near, read_golden
 from test_checkpoint import refusal
 from test_sdxl_unet import Recorder
 from torch import nn
@@ -68,11 +68,6 @@ def inputs(g: dict) -> tuple:
     """(x_t, t, cond); the vector is of no size, as SD1.5's text encoder gives it."""
     context = g["in.context"]
     return clip(g["in.sample"]), (g["in.timesteps"] + 1) / 1000, (context, context.new_zeros(len(context), 0))
-
-
-def near(value, expected, atol=1e-4):
-    # The reference differs from its own float64 run by 6e-6, and a wrong eps of the motion norm by over 1e-3.
-    torch.testing.assert_close(value, expected, atol=atol, rtol=0)
 
 
 # ---- the original's outputs --------------------------------------------------------------------------------

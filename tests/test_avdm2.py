@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, golden, manifest, states_saved
+from conftest import GOLDEN, ROOT, golden, manifest, rows, run, says, states_saved
 from test_adm import cited
 from test_videos import table
 from torch import nn
@@ -16,7 +16,7 @@ import avdm2
 import sample
 from models import data
 from models.animatediff import AnimateDiff
-from models.checkpoint import InputError, open_tensors, save_safetensors
+from models.checkpoint import open_tensors, save_safetensors
 from models.eval import moving_shapes
 from models.job import clips, flags, latents, log, networks, sampling
 from models.job import job as job_module
@@ -34,10 +34,9 @@ SHAPE = (T, 4, 4, 4)  # of a latent at 16 x 16 pixels
 
 def train(out, *flags, states=()):
     """Run avdm2.py in this process; returns the rows of metrics.jsonl."""
-    args = avdm2.parse_args(list(map(str, [*flags, "--evaluate", 0, "--out", out])))
     with states_saved(*states):
-        avdm2.main(args)
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        run(avdm2, *flags, "--evaluate", 0, "--out", out)
+    return rows(out)
 
 
 # ---- stub networks, in float64 -----------------------------------------------------------------------------
@@ -577,10 +576,9 @@ def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys, monke
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 def refusal(tmp_path, *flags) -> str:
-    with pytest.raises(InputError) as caught:
-        avdm2.main(avdm2.parse_args(list(map(str, [*flags, "--out", tmp_path / "run"]))))
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-    return str(caught.value)
+    message = says(run, avdm2, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    return message
 
 
 CLIPS = "expected real clips from --videos FOLDER, with --prompts FILE.csv where that has not one .csv file, or from "
@@ -629,14 +627,14 @@ ALGORITHM = {
         "f_psi = Denoiser(load_2d(trainable=True)"],
     2: ["while gen_iter < args.max_iter:"], 3: ['z_T = job.noise("z_T", indices)'],
     4: ["x_tn = solve(G_theta, z_T, tn[n:], c, renoise", "_, x_hat_0 = ode_step(G_theta, x_tn, tn[n], tn[0], c)"],
-    5: ['t, eps = gan_pair("eps", indices)'], 6: ["x_t = q(F_phi.schedule, x, t, eps)"],
+    5: ['t, eps = pair(F_phi, GAN_TIMES, "eps", indices)'], 6: ["x_t = q(F_phi.schedule, x, t, eps)"],
     7: ["loss_gan = softplus(-D_tau(D_tau.features(x_t, t, c))).mean()"],
-    8: ['t, eps = sdm_pair("eps_sdm", indices)', 'x_K, eps, t, *c_K = pick("K", indices, x, eps, t, *c)'],
+    8: ['t, eps = pair(F_sdm, SDM_TIMES, "eps_sdm", indices)', 'x_K, eps, t, *c_K = pick("K", indices, x, eps, t, *c)'],
     9: ["x_t = q(F_sdm.schedule, x_K, t, eps)"], 10: ["loss_sdm = dmd_loss(*per_frame)"],
     11: ["x_hat_0.backward((grad_gan + grad_sdm) / accumulation)", 'log.update("theta", opt_theta, warm)'],
-    12: ['t, eps = sdm_pair("eps_psi", indices)'], 13: ["x_t = q(f_psi.schedule, x_K, t, eps)"],
+    12: ['t, eps = pair(f_psi, SDM_TIMES, "eps_psi", indices)'], 13: ["x_t = q(f_psi.schedule, x_K, t, eps)"],
     14: ["(loss_psi / accumulation).backward()", 'log.update("psi", opt_psi, warm)'],
-    15: ['t, eps = gan_pair("eps_tau", indices)'],
+    15: ['t, eps = pair(F_phi, GAN_TIMES, "eps_tau", indices)'],
     16: ["h_fake = D_tau.features(q(F_phi.schedule, x_hat_0, t, eps), t, c)",
          "h_real = D_tau.features(q(F_phi.schedule, x_0, t, eps), t, c)"],
     17: ["loss_tau = softplus(logits_fake).mean() + softplus(-logits_real).mean()", 'log.update("tau", opt_tau, warm)'],

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import check_every_third_block_is_tapped, golden, read_golden
+from conftest import check_every_third_block_is_tapped, golden, near, read_golden
 
 from models.cogvideox import CogVideoX, config_from_shapes, fitted_grid, rotary_table, sincos_table, timestep_embedding
 
@@ -34,11 +34,6 @@ def load_case(path):
     t = (tensors["in/timesteps"] + 1) / 1000  # index i of the DDPM is t = (i + 1)/1000
     context = tensors["in/context"]
     return net.eval(), tensors, (tensors["in/latents"], t, (context, context.new_zeros(len(context), 0)))
-
-
-def close(actual, expected, atol=1e-4):
-    # 1e-4: the reference's own float32 and float64 differ by 2e-6, wrong formulas by 5e-4 and more.
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -72,7 +67,7 @@ def test_v_taps_and_inner_values_equal_the_original(path):
         assert torch.equal(m.flatten(2).mT, seen[f"mid/block{i}.video"])
     compared = [name for name in seen if name in tensors]  # some files leave some of them out
     for name in compared:
-        close(seen[name], tensors[name])
+        near(seen[name], tensors[name])
     taps = net.tap_shapes(*inputs[0].shape[1:])
     assert "out/v" in compared and any(f"mid/block{i}.video" in compared for i in taps)
 
@@ -82,11 +77,11 @@ def test_gradients_equal_the_original(path):
     net, tensors, (x, t, (context, pooled)) = load_case(path)
     x, context = x.requires_grad_(), context.requires_grad_()
     (net(x, t, (context, pooled)) * tensors["grad/probe"]).sum().backward()
-    close(x.grad, tensors["grad/in.latents"], atol=1e-3)  # COGVIDEOX.md; a sum over all outputs
-    close(context.grad, tensors["grad/in.context"], atol=1e-3)
+    near(x.grad, tensors["grad/in.latents"], atol=1e-3)  # COGVIDEOX.md; a sum over all outputs
+    near(context.grad, tensors["grad/in.context"], atol=1e-3)
     names = [name for name in tensors if name.startswith("grad/w/")]
     for name in names:
-        close(net.get_parameter(name.removeprefix("grad/w/")).grad, tensors[name], atol=1e-3)
+        near(net.get_parameter(name.removeprefix("grad/w/")).grad, tensors[name], atol=1e-3)
     assert names
 
 
@@ -146,12 +141,12 @@ def test_position_tables_of_the_real_sizes(path):
     compared = [name for name in seen if name in tensors]  # some files leave some of them out
     for name in compared:
         # Sums of up to 17,550 terms; 1e-5: float32 knows an angle of 45 to 4e-6.
-        close(seen[name], tensors[name], atol=2e-3 if "sum64" in name else 1e-5)
+        near(seen[name], tensors[name], atol=2e-3 if "sum64" in name else 1e-5)
     assert {name.split("/")[0] for name in compared} == {"sincos", "rope"}
     for name, expected in tensors.items():
         if name.startswith("time/emb"):
             # 3e-4: float32 knows an angle near 999 to 6e-5, and exp differs in the last bit between CPUs.
-            close(timestep_embedding(tensors["time/timesteps"], expected.shape[1]), expected, atol=3e-4)
+            near(timestep_embedding(tensors["time/timesteps"], expected.shape[1]), expected, atol=3e-4)
 
 
 @every

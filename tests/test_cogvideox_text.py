@@ -54,7 +54,7 @@ def test_the_embedding_may_be_stored_under_either_name_or_both(t5, tmp_path):
         save_file(others | {name: shared.clone() for name in names},
                   tmp_path / "text_encoder" / "model.safetensors")
         again = {"t5": t5_tensors(hub_tensors(tmp_path / "text_encoder"))}
-        other = CogVideoXText(again, length=text.length).load(again)
+        other = CogVideoXText(again, length=text.windows["t5"]).load(again)
         assert torch.equal(other.encode_ids(tensors["in/ids"]).context, expected), names
     assert ALIAS in EXTRAS["t5"]
 

@@ -10,14 +10,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import golden, read_golden
+from conftest import golden, near, read_golden
 from einops import rearrange
 from torch import nn
 
 from models.cogvideox_vae import CogVideoXVAE, config_from_shapes, split
 
 # Two public implementations differ by 7e-6 here; the smallest mistake, statistics per frame, by 0.2.
-TOLERANCE = 1e-4
 TINY = dict(ch=(4, 4, 8), num_res_blocks=1, z_channels=3, scale=0.7, groups=2)
 FRAMES_FIRST = "B C F H W -> B F C H W"  # the files have channels first
 
@@ -38,10 +37,6 @@ def vae_of(path) -> tuple[CogVideoXVAE, dict]:
 
 def files() -> list:
     return [path for path in golden("cogvideox_vae_*.safetensors") if ".sat_weights" not in path.name]
-
-
-def near(value, expected, tolerance=TOLERANCE):
-    torch.testing.assert_close(value, expected, atol=tolerance, rtol=0)
 
 
 def cases(tensors: dict, pattern: str) -> list:

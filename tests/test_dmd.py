@@ -1,10 +1,9 @@
 """dmd.py: Eqs. (2)-(6) by hand, updates' order and ownership, its difference from adm.py, --init."""
-import json
 import re
 
 import pytest
 import torch
-from conftest import ROOT, states_saved
+from conftest import ROOT, rows, run, states_saved
 from torch import Tensor, nn
 
 import dmd
@@ -33,9 +32,8 @@ def train(out, *flags) -> list[dict]:
     with pytest.MonkeyPatch.context() as patch, states_saved():
         for name, row in SMALL.items() if "--random-weights" in flags else ():
             patch.setitem(PRESETS, name, row)
-        dmd.main(dmd.parse_args(["--out", str(out), *map(str, flags)]))
-    path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        run(dmd, "--out", out, *flags)
+    return rows(out) if (out / "metrics.jsonl").exists() else []
 
 
 # ---- networks of a line, whose losses can be worked out by hand --------------------------------------------
@@ -156,22 +154,6 @@ def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stub
 
 # ---- real networks, small and random -----------------------------------------------------------------------
 
-def spy(monkeypatch, on_update):
-    """Call on_update(role, roles, step) in place of every update; roles: name -> parameters."""
-    roles, original, optimizer = {}, log_module.update, dmd.adamw
-
-    def adamw(group):
-        roles[("psi", "theta")[len(roles)]] = group[0]
-        return optimizer(group)
-
-    def update(opt, loss, warmup):
-        mine = {id(p) for group in opt.param_groups for p in group["params"]}
-        role = next(name for name, params in roles.items() if {id(p) for p in params.values()} == mine)
-        return on_update(role, roles, lambda: original(opt, loss, warmup))
-    monkeypatch.setattr(dmd, "adamw", adamw)
-    monkeypatch.setattr(log_module, "update", update)
-
-
 def copy_of(p: Tensor) -> Tensor:
     return local_rows(p.detach())[0].clone()
 
@@ -180,7 +162,7 @@ def copy_of(p: Tensor) -> Tensor:
     ["--model", "tiny-sd3"], ["--lora-rank", 4, "--fake-lora", 4, "--steps", 3, "--ttur", 3],
     ["--model", "tiny-sdxl"], ["--model", "tiny-sdxl", "--steps", 2]],
     ids=["sd3", "sd3-lora-steps-ttur", "sdxl", "sdxl-steps"])
-def test_updates_psi_then_theta_each_of_its_own_parameters(tmp_path, monkeypatch, flags):
+def test_updates_psi_then_theta_each_of_its_own_parameters(tmp_path, monkeypatch, spy, flags):
     """And all of them: of every parameter a gradient arrives. That of theta leaves none anywhere else."""
     order, silent, nets, ttur = [], {}, [], 3 if "--ttur" in flags else 1
     load = networks.load_network
@@ -199,7 +181,7 @@ def test_updates_psi_then_theta_each_of_its_own_parameters(tmp_path, monkeypatch
         assert changed and changed <= mine
         order.append(role)
         return result
-    spy(monkeypatch, on_update)
+    spy(on_update)
     rows = train(tmp_path / "run", *RANDOM, "--max-iter", 2, *flags)
     assert order == (["psi"] * ttur + ["theta"]) * 2
     assert [row["gen_iter"] for row in rows] == ([0] * (ttur - 1) + [1] + [1] * (ttur - 1) + [2])

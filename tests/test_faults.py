@@ -18,7 +18,7 @@ import adp
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, refusal_of
+from conftest import ROOT, refusal_of, says
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -43,13 +43,6 @@ from models.videos import files_in
 from models.vision import load_vision
 
 TINY = ROOT / "models" / "tiny"
-
-
-def says(function, *args):
-    with pytest.raises(InputError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- PyTorch and safetensors files -------------------------------------------------------------------------

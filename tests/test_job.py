@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import test_checkpoint as hub
 import torch
-from conftest import ROOT, golden, refusal_of
+from conftest import ROOT, golden, refusal_of, rows, run, says
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from tqdm import tqdm
@@ -38,15 +38,12 @@ SMALL = ["--batch-size", 2, "--evaluate", 0, "--lora-rank", 4, "--fake-lora", 4]
 
 
 def train(*flags):
-    adm.main(adm.parse_args(list(map(str, flags))))
+    run(adm, *flags)
 
 
 def refusal(*flags) -> str:
     """The one sentence with which adm.py refuses these flags."""
-    with pytest.raises(InputError) as caught:
-        train(*flags)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return says(train, *flags)
 
 
 def process(script, *flags, **environment):
@@ -56,10 +53,6 @@ def process(script, *flags, **environment):
 
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

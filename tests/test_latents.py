@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_videos import make, refused, table
+from conftest import says
+from test_videos import make, table
 
 from models import saving
 from models.data import noise
@@ -51,12 +52,12 @@ def test_latents_are_live_encodings(folder, vae, tmp_path):
     before, name = contents(out), "latents_00000004-00000007.safetensors"
     encode(clips)
     assert contents(out) == before
-    assert "stride 3 (was 2)" in refused(encode, Clips(folder, size=(8, 8), frames=9, stride=3))
-    assert "of latents; expected a folder of ODE pairs" in refused(open_pairs, out, "m", ())
+    assert "stride 3 (was 2)" in says(encode, Clips(folder, size=(8, 8), frames=9, stride=3))
+    assert "of latents; expected a folder of ODE pairs" in says(open_pairs, out, "m", ())
     verify = partial(latents.main, latents.parse_args(["--verify", "--out", str(out)]))
     verify()
     (out / name).write_bytes(before[name][:-1] + bytes([before[name][-1] ^ 1]))
-    assert f"5 of 9 latents are there and whole; damaged: {name}" in refused(verify)
+    assert f"5 of 9 latents are there and whole; damaged: {name}" in says(verify)
     encode(clips)  # makes it again
     assert contents(out) == before
 
@@ -82,7 +83,7 @@ def test_latents_stopped_before_each_write(folder, vae, tmp_path, monkeypatch, w
 @pytest.mark.parametrize("model", ["tiny-sd3", "tiny-cogvideox"])
 def test_models_that_avdm2_does_not_train(folder, tmp_path, model):
     args = latents.parse_args(["--model", model, "--out", str(tmp_path / "a"), "--videos", str(folder)])
-    assert refused(latents.main, args) == f"--model {model}: expected one that avdm2.py trains, such as animatediff"
+    assert says(latents.main, args) == f"--model {model}: expected one that avdm2.py trains, such as animatediff"
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
@@ -90,7 +91,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     row = row._replace(frames=9)
     monkeypatch.setitem(PRESETS, "tiny-sdxl", row)
     args = ["--model", "tiny-sdxl", "--out", str(tmp_path / "a")]
-    assert "expected --videos FOLDER" in refused(latents.main, latents.parse_args(args))
+    assert "expected --videos FOLDER" in says(latents.main, latents.parse_args(args))
     latents.main(latents.parse_args([*args, "--videos", str(folder), "--count", "2"]))
     assert "5 of 5 rows of t.csv have their file" in capsys.readouterr().out
     x_0, captions = open_pairs(tmp_path / "a", "tiny-sdxl", (9, 4, 8, 8), "latents").read([0, 1])

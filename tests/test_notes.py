@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal_of
+from conftest import refusal_of, run, says
 from safetensors.torch import save_file
 
 import adm
@@ -27,10 +27,6 @@ DENOISER, VAE = "model.diffusion_model.", "first_stage_model."
 SMALL = ["--batch-size", 2, "--max-iter", 1, "--evaluate", 0]
 
 
-def run(script, *flags):
-    script.main(script.parse_args(list(map(str, flags))))
-
-
 def contents(path, **metadata) -> tuple[dict, dict]:
     tensors = open_tensors(path)
     return {name: tensors[name] for name in tensors}, tensors.metadata | metadata
@@ -40,13 +36,6 @@ def file_of(names=(), metadata=None) -> Tensors:
     tensors = names if isinstance(names, dict) else {name: torch.zeros(0) for name in names}
     return Tensors(Path("x.safetensors"), {name: tuple(t.shape) for name, t in tensors.items()},
                    lambda name, rows: tensors[name], metadata)
-
-
-def says(call, *args) -> str:
-    with pytest.raises(InputError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, states_saved
+from conftest import GOLDEN, ROOT, rows, states_saved
 from safetensors.torch import load_file
 from test_videos import table
 from torch import nn
@@ -113,10 +113,6 @@ def unfinished(run, copy, name, pairs):
     (copy / "metrics.jsonl").open("a").write('{"global_iter": 9, "gen')
     script, flags = flags_of(name, pairs)
     return script, [*flags, "--resume", "--out", copy]
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(out):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden, read_golden
+from conftest import ROOT, golden, near, read_golden
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
@@ -53,10 +53,6 @@ PIXELS = 1e-4  # HPSv2 resizes in float32, 4e-6 apart between CPUs; a level of 2
 
 def picture(pixels):
     return Image.fromarray(pixels.numpy())
-
-
-def near(value, expected, atol):
-    torch.testing.assert_close(value, expected, atol=atol, rtol=0)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------

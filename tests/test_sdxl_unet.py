@@ -4,7 +4,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from conftest import from_recipe, golden, read_golden
+from conftest import from_recipe, golden, near, read_golden
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -39,11 +39,6 @@ def load(path):
     net.load_state_dict({k.removeprefix(PREFIX): w for k, w in weights.items() if k.startswith(PREFIX)})
     inputs = g["in.x"], (g["in.timesteps"] + 1) / 1000, (g["in.context"], g.get("in.y"))
     return net.requires_grad_(False), inputs, g, c
-
-
-def near(value, expected):
-    # The references differ from their own float64 runs by less than 1e-5; a wrong eps or GELU by over 3e-4.
-    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
 
 
 @every_golden

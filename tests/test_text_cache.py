@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, refusal_of
+from conftest import ROOT, refusal_of, rows, run
 
 import adm
 import adp
@@ -21,12 +21,11 @@ SMALL = ["--batch-size", 2, "--micro-batch", 1, "--max-iter", 2, "--evaluate", 0
 
 
 def train(*flags, script=adm):
-    script.main(script.parse_args(list(map(str, flags))))
+    run(script, *flags)
 
 
 def losses(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [[value for name, value in row.items() if name.startswith("loss_")] for row in rows]
+    return [[value for name, value in row.items() if name.startswith("loss_")] for row in rows(out)]
 
 
 @pytest.fixture(scope="module")

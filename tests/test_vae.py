@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, from_recipe, golden, read_golden
+from conftest import GOLDEN, from_recipe, golden, near, read_golden
 
 from models.vae import AutoencoderKL, FramesVAE, config_from_shapes
 
 # The references differ from their own float64 runs by less than 1.5e-5; a wrong padding or eps by over 1e-2.
-TOLERANCE = 1e-4
 
 
 def group(tensors: dict, prefix: str = "first_stage_model.") -> dict:
@@ -30,10 +29,6 @@ def record(vae: AutoencoderKL) -> dict:
     for name in ["quant_conv", *middle]:
         vae.get_submodule(name).register_forward_hook(lambda _, x, out, name=name: seen.update({name: out}))
     return seen
-
-
-def near(value, expected):
-    torch.testing.assert_close(value, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.fixture(params=golden("sd3_vae_*.safetensors"), ids=lambda p: p.stem)

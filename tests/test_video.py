@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden
+from conftest import ROOT, golden, run
 from PIL import Image
 from test_parallel import figures, rows, weights
 
@@ -18,7 +18,7 @@ import collect_odes
 import dmd
 import sample
 from models.job import networks
-from models.job.families import DENOISER, MOTION, beside_cogvideox
+from models.job.families import DENOISER, FAMILIES, MOTION
 from models.checkpoint import InputError, Tensors, open_tensors
 from models.cogvideox import CogVideoX
 from models.cogvideox import config_from_shapes as dit_config
@@ -36,10 +36,6 @@ ROW = PRESETS["tiny-cogvideox"]
 # Small rates, as in test_parallel.py: AdamW without momentum makes a full step of a gradient's rounding noise.
 RATES = ["--lr-theta", "1e-6", "--lr-psi", "1e-6", "--lr-tau", "1e-7"]
 SHORT = ["--model", "tiny-cogvideox", "--batch-size", "2", "--micro-batch", "2", "--max-iter", "2", *RATES]
-
-
-def run(script, *flags):
-    script.main(script.parse_args(list(map(str, flags))))
 
 
 # ---- full size ---------------------------------------------------------------------------------------------------
@@ -109,9 +105,10 @@ def test_original_release_is_the_same_network_and_its_parts_are_found_beside_it(
         nets.append(networks.load_network(args, ROW, mesh, device))
     for (name, p), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(p, other), name
-    assert beside_cogvideox(file, ROW, "text_ckpt") == tmp_path / "t5-v1_1-xxl"
+    beside = FAMILIES["cogvideox"].beside
+    assert beside(file, ROW, "text_ckpt") == tmp_path / "t5-v1_1-xxl"
     # What is not beside it is the preset's own.
-    assert beside_cogvideox(file, ROW, "vae_ckpt").parent == ROW.ckpt
+    assert beside(file, ROW, "vae_ckpt").parent == ROW.ckpt
 
 
 def test_a_file_that_is_no_autoencoder_is_named():

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.distributed as dist
-from conftest import ROOT, check_every_third_block_is_tapped, golden, read_golden, wan_golden
+from conftest import ROOT, check_every_third_block_is_tapped, golden, near, read_golden, wan_golden
 from test_sat import in_memory
 from test_sequence import same
 from torch.multiprocessing import start_processes
@@ -45,11 +45,6 @@ def load_case(path):
     return net.eval(), tensors, inputs, meta
 
 
-def close(actual, expected, atol=1e-4):
-    # 1e-4 (WAN.md): original and diffusers differ by 2e-5, the smallest wrong formula (erf GELU) by 4e-4.
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
-
-
 # ---- network -----------------------------------------------------------------------------------------------
 
 @every
@@ -80,7 +75,7 @@ def test_v_taps_and_inner_values_equal_the_original(path):
         assert torch.equal(m.flatten(2).mT, seen[f"mid/block{i}"])
     compared = [name for name in seen if name in tensors]  # some files leave some of them out
     for name in compared:
-        close(seen[name], tensors[name])
+        near(seen[name], tensors[name])
     assert {"mid/block0", "mid/e", "out/v"} <= set(compared)
 
 
@@ -89,11 +84,11 @@ def test_gradients_equal_the_original(path):
     net, tensors, (x, t, (context, _)), _ = load_case(path)
     x, context = x.clone().requires_grad_(), context.clone().requires_grad_()
     (net(x, t, (context, None)).transpose(1, 2) * tensors["grad/probe"]).sum().backward()
-    close(x.grad.transpose(1, 2), tensors["grad/in.latents"], atol=1e-3)  # WAN.md; a sum over all outputs
-    close(context.grad, tensors["grad/in.context"], atol=1e-3)
+    near(x.grad.transpose(1, 2), tensors["grad/in.latents"], atol=1e-3)  # WAN.md; a sum over all outputs
+    near(context.grad, tensors["grad/in.context"], atol=1e-3)
     names = [name for name in tensors if name.startswith("grad/w/")]
     for name in names:
-        close(net.get_parameter(name.removeprefix("grad/w/")).grad, tensors[name], atol=1e-3)
+        near(net.get_parameter(name.removeprefix("grad/w/")).grad, tensors[name], atol=1e-3)
     assert names
 
 
@@ -105,7 +100,7 @@ def test_every_eps_is_the_originals():
         for name, p in net.named_parameters():
             if name.startswith("patch_embedding") or name.split(".")[-2] in ("q", "k"):
                 p *= meta["verify"]["eps_probe_scale"]
-        close(net(*inputs).transpose(1, 2), tensors["eps/out.v"])
+        near(net(*inputs).transpose(1, 2), tensors["eps/out.v"])
 
 
 @every
@@ -149,7 +144,7 @@ def test_odd_sizes_are_refused():
         net(x, t[:1], (context[:1], None))
     with torch.no_grad():
         v = net(x[..., :6, :8], t[:1], (context[:1], None))
-    close(v.transpose(1, 2), tensors["odd/out.v"])
+    near(v.transpose(1, 2), tensors["odd/out.v"])
 
 
 # ---- time and places ---------------------------------------------------------------------------------------
@@ -157,13 +152,13 @@ def test_odd_sizes_are_refused():
 def test_tables_of_the_real_sizes():
     tensors, meta = read_golden(golden("wan_flow.safetensors")[0])
     # 1e-5 and 1e-6 (WAN.md)
-    close(timestep_embedding(tensors["pos/time256.t"], 256), tensors["pos/time256.emb"], atol=1e-5)
+    near(timestep_embedding(tensors["pos/time256.t"], 256), tensors["pos/time256.emb"], atol=1e-5)
     table = rotary_table(*meta["meta"]["config"]["pos_grid"], 128)
     rows = table[tensors["pos/rope128.idx"]]
-    close(rows.real, tensors["pos/rope128.cos"], atol=1e-6)
-    close(rows.imag, tensors["pos/rope128.sin"], atol=1e-6)
+    near(rows.real, tensors["pos/rope128.cos"], atol=1e-6)
+    near(rows.imag, tensors["pos/rope128.sin"], atol=1e-6)
     total = torch.view_as_real(table.to(torch.complex128)).sum(0).flatten()
-    close(total, tensors["pos/rope128.sum64"], atol=1e-2)  # 32,760 terms, each rounded to 6e-8 at most
+    near(total, tensors["pos/rope128.sum64"], atol=1e-2)  # 32,760 terms, each rounded to 6e-8 at most
 
 
 # ---- full size ---------------------------------------------------------------------------------------------
@@ -195,10 +190,10 @@ def umt5():
 def test_the_prompts_rows_equal_the_original_and_zeros_follow(umt5):
     _, text, tensors, _ = umt5
     context, pooled = text.encode_ids(tensors["in/ids"])
-    close(context, tensors["out/context"])  # 1e-4 (WAN.md); without the mask 3.0
+    near(context, tensors["out/context"])  # 1e-4 (WAN.md); without the mask 3.0
     assert not context[~tensors["in/mask"].bool()].any() and pooled.shape == (len(context), 0)
     bias = text.umt5.encoder.block[0].layer[0].SelfAttention.compute_bias(160, 160)
-    close(bias[:, :, [0, 80, 159]], tensors["mid/block0.bias"])
+    near(bias[:, :, [0, 80, 159]], tensors["mid/block0.bias"])
 
 
 def test_full_size_names_and_shapes_are_the_encoders(umt5):
@@ -278,13 +273,13 @@ def test_the_teachers_times_are_the_originals():
     config = meta["meta"]["config"]
     for shift, steps in product(config["shifts"], config["steps"]):
         times = teacher_times(steps, shift, "wan").flip(0)
-        close(times.double(), tensors[f"euler/shift{shift}.n{steps}.sigmas"], atol=1e-6)  # float32: 6e-8
+        near(times.double(), tensors[f"euler/shift{shift}.n{steps}.sigmas"], atol=1e-6)  # float32: 6e-8
     assert torch.equal(teacher_times(4, 5.0, "wan"), generator_times(4, 5.0, "wan"))
     x_0, noise, u = (tensors[f"train/{name}"] for name in ("x0", "noise", "t"))
     t = shift_time(u, 3)
-    close(t, tensors["train/shift3.sigma"], atol=1e-12)
-    close(q("wan", x_0, t, noise), tensors["train/shift3.x_t"], atol=1e-6)
-    close(target("velocity", "wan", x_0, t, noise), tensors["train/v"], atol=1e-6)
+    near(t, tensors["train/shift3.sigma"], atol=1e-12)
+    near(q("wan", x_0, t, noise), tensors["train/shift3.x_t"], atol=1e-6)
+    near(target("velocity", "wan", x_0, t, noise), tensors["train/v"], atol=1e-6)
 
 
 def test_eight_guided_steps_are_the_originals():
@@ -298,7 +293,7 @@ def test_eight_guided_steps_are_the_originals():
         for last in (4, 8):
             end = solve(F, x, times[8 - last:], c, c_null, torch.tensor([config["cfg"]]))
             # 2e-4 (WAN.md): diffusers differs by 2e-5.
-            close(end.transpose(1, 2), tensors[f"traj/euler.step{last}.latents"], atol=2e-4)
+            near(end.transpose(1, 2), tensors[f"traj/euler.step{last}.latents"], atol=2e-4)
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------

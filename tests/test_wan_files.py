@@ -6,7 +6,7 @@ import av
 import pytest
 import sentencepiece
 import torch
-from conftest import golden, wan_golden
+from conftest import golden, rows, run, wan_golden
 from safetensors.torch import save_file
 
 import adm
@@ -226,15 +226,11 @@ def test_the_shards_of_the_hub_come_with_their_index(monkeypatch, tmp_path):
     assert asked == [((row.repo,), dict(allow_patterns=["diffusion_pytorch_model*"]))]
 
 
-def run(script, *flags):
-    script.main(script.parse_args(list(map(str, flags))))
-
-
 def test_adm_trains_an_adapter_and_its_three_files_are_the_same_student(release, tmp_path):
     out, common = tmp_path / "run", ["--model", "wan2.1-1.3b", "--ckpt", release]
     run(adm, *common, "--prompts", release / "prompts.txt", "--lora-rank", 2, "--fake-lora", 2, "--max-iter", 1,
         "--out", out)
-    record, = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    record, = rows(out)
     assert record["skipped"] == 0 and (out / "compare.mp4").exists()
     args = adm.parse_args(list(map(str, common)))
     resolve_model(args)

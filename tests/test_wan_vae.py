@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import golden, wan_golden
+from conftest import golden, near, wan_golden
 from einops import rearrange
 
 from models.wan_vae import MEAN, STD, WanVAE, config_from_shapes
@@ -16,11 +16,6 @@ TINY = dict(ch=(4, 6, 8), num_res_blocks=1, z_channels=16, time=(False, True))
 
 def shapes_of(weights) -> dict:
     return {name: tuple(value.shape) for name, value in weights.items()}
-
-
-def near(value, expected, tolerance=1e-4):
-    # 1e-4 (WAN.md): public implementations agree to 2e-6, the smallest mistake is 1.9.
-    torch.testing.assert_close(value, expected, atol=tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ Letters: B images or prompts, L tokens of text, S of an image, P width of what b
 """
 import math
 import re
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from models.checkpoint import InputError, Tensors, check_names, load
+from models.checkpoint import InputError, Tensors, check_names, load, respelled
 from models.parse import read_object
 from models.text_encoders import at_end, shapes_of
 
@@ -34,7 +33,7 @@ RULES = (
 # ---- files -------------------------------------------------------------------------------------------------
 
 def open_clip_name(name: str) -> str:
-    return reduce(lambda new, rule: re.sub(*rule, new), RULES, name)
+    return respelled(name, RULES)
 
 
 def open_clip_shapes(shapes: dict[str, tuple]) -> dict[str, tuple]:

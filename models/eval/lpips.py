@@ -32,7 +32,7 @@ FILES = {  # name and public source
 class LPIPS(nn.Module):
     """`shapes` gives the widths: tensor name -> shape. `average`: average instead of max pooling."""
 
-    def __init__(self, net: str, shapes: dict[str, tuple], average: bool = False):
+    def __init__(self, net: str, shapes: dict[str, tuple], average: bool):
         super().__init__()
         self.groups, self.pool, self.pooled = GROUPS[net]
         self.average = average
@@ -114,9 +114,10 @@ def resized(image: Image.Image) -> Tensor:
 
 @torch.no_grad()
 def diversity(lpips: LPIPS, images: list[Image.Image], batch: int = 4) -> float:
-    """Mean LPIPS over all pairs of one prompt's pictures, as DMD2's compute_diversity_score: 512 x 512."""
+    """Mean LPIPS over all pairs of one prompt's pictures, as DMD2's compute_diversity_score: 512 x 512. Raises
+    InputError for one picture."""
     if len(images) < 2:
-        raise ValueError("expected at least two pictures")
+        raise InputError("one picture of its prompt; diversity needs two")
     device = next(lpips.parameters()).device
     pixels = torch.stack([resized(image) for image in images])
     maps = [lpips.taps(part.to(device)) for part in pixels.split(batch)]

@@ -120,10 +120,13 @@ def doubts(folder: Path, items: list[Item], prompts: list[str] | None) -> list[s
     if prompts and numbers and len(numbers) == len(bare) and max(numbers) - min(numbers) + 1 != len(numbers):
         raise InputError(f"{folder}: {len(numbers)} files that note no prompt are numbered {min(numbers)} to "
                          f"{max(numbers)}; expected none to be missing, as --prompts are given to them in order")
-    told = [f"{len(bare)} of {len(items)} files do not say which model made them"] * (0 < len(bare) < len(items))
+    told = []
+    if 0 < len(bare) < len(items):
+        told.append(f"{len(bare)} of {len(items)} files do not say which model made them")
     others = [item.prompt for item in items if prompts and item.prompt not in prompts]
-    return told + [f"{len(others)} files note prompts that are not in --prompts, and keep them "
-                   f"({some(others)})"] * bool(others)
+    if others:
+        told.append(f"{len(others)} files note prompts that are not in --prompts, and keep them ({some(others)})")
+    return told
 
 
 @dataclass

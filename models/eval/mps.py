@@ -124,7 +124,7 @@ def selected(text: Tensor, condition: Tensor, threshold: float) -> Tensor:
 
 
 def mps_score(cross: CrossModel, image: Tensor, text: Tensor, vector: Tensor, condition: Tensor,
-              logit_scale: Tensor, threshold: float = 0.3) -> Tensor:
+              logit_scale: Tensor, threshold: float) -> Tensor:
     """Projected tokens of images (B S P), prompts (B L P) and condition (C P), pooled prompts (B P) and the
     logarithm of the scale -> scores (B,), float32. Tokens of the padding count too."""
     seen = cross(image, text, selected(text, condition, threshold))[:, 0]

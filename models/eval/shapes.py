@@ -137,7 +137,8 @@ def evaluation_names(count: int, repeats: int, purpose: str, attributes: dict) -
         u = uniform(1, next(tries), purpose, range(2 * n))
         kept = u[n:].argsort()[:len(found) % n + 1]
         named = [int(u[a] * counts[a]) if a in kept else -1 for a in range(n)]
-        found += [named] if named not in found else []
+        if named not in found:
+            found.append(named)
     return [found[i % len(found)] for i in range(count)]
 
 

@@ -61,9 +61,7 @@ def source(args, preset: Preset) -> Tensors:
     """The tensors of --ckpt or of the preset's file on the hub: of a diffusers-layout folder its denoiser's.
     Raises InputError if neither can be read."""
     path = find(preset.file, args.ckpt, preset.repo)
-    for folder in (path / name for name in HUB_DENOISERS):
-        path = folder if folder.is_dir() else path
-    return open_files(path)
+    return open_files(next((path / name for name in HUB_DENOISERS if (path / name).is_dir()), path))
 
 
 def denoiser_file(args, preset: Preset, init: Path | None) -> Tensors:
@@ -212,9 +210,6 @@ def text_and_tokenizers(parts: dict[str, tuple[str, ...]], args, preset: Preset)
     return open_files(path), load_tokenizers(tokenizers, t5=False)
 
 
-beside_cogvideox = partial(beside_part, COGVIDEOX_PARTS)
-
-
 def open_cogvideox(args, preset: Preset, init: Path | None) -> Tensors:
     tensors = denoiser_file(args, preset, init)
     check_positions(tensors, preset)
@@ -223,8 +218,7 @@ def open_cogvideox(args, preset: Preset, init: Path | None) -> Tensors:
 
 def check_positions(tensors: Tensors, preset: Preset) -> None:
     """Raises InputError for a table of positions that was learned: the network computes its sinusoids."""
-    for name in (name for name in tensors if name.endswith("pos_embed.pos_embedding")
-                 or name.endswith("patch_embed.pos_embedding")):
+    for name in (name for name in tensors if name.endswith(("pos_embed.pos_embedding", "patch_embed.pos_embedding"))):
         frames = (preset.frames - 1) // 4 + 1
         h, w = (side // preset.vae_factor // preset.config["patch"] for side in preset.size)
         width = preset.config["heads"] * preset.config["head_dim"]
@@ -239,7 +233,7 @@ def check_positions(tensors: Tensors, preset: Preset) -> None:
 
 
 def open_cogvideox_vae(args, preset: Preset) -> Tensors:
-    tensors = open_files(args.vae_ckpt or beside_cogvideox(args.ckpt, preset, "vae_ckpt"))
+    tensors = open_files(args.vae_ckpt or beside_part(COGVIDEOX_PARTS, args.ckpt, preset, "vae_ckpt"))
     check_scale(tensors.path, preset.vae)
     return vae_from_sat(tensors)
 
@@ -329,7 +323,7 @@ FAMILIES = {
         network=cogvideox.CogVideoX, config_from_shapes=cogvideox.config_from_shapes,
         vae=cogvideox_vae.CogVideoXVAE, vae_config_from_shapes=cogvideox_vae.config_from_shapes,
         open_denoiser=open_cogvideox, open_vae=open_cogvideox_vae, new_text=new_cogvideox_text,
-        beside=beside_cogvideox,
+        beside=partial(beside_part, COGVIDEOX_PARTS),
         condition_shapes=lambda preset: ((preset.t5_length, preset.config["text_dim"]), (0,)),
         sides=lambda preset: (preset.vae_factor * preset.config["patch"], None),
         single_file=False, flags=("sequence_parallel", "context_parallel"), names=diffusers_names.COGVIDEOX,

@@ -150,8 +150,8 @@ def say_what_changed(args: argparse.Namespace, started: Path) -> None:
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
                if name not in ("out", "resume", "max_iter", "prompts_digest", "teacher_files", "files")
                and now.get(name, value) != value]
-    data = {"adp": "ODE pairs", "avdm2": "clips"}.get(args.script, "prompts")
-    changed += [data] * (before.get("prompts_digest") not in (None, now.get("prompts_digest")))
+    if before.get("prompts_digest") not in (None, now.get("prompts_digest")):
+        changed.append({"adp": "ODE pairs", "avdm2": "clips"}.get(args.script, "prompts"))
     files, were = (run.get("teacher_files", {}) | run.get("files", {}) for run in (now, before))
     changed += [f"what is in the file of --{flag}" for flag, name in (
         ("ckpt", "checkpoint"), ("text-ckpt", "text_ckpt"), ("tokenizers", "tokenizers"), ("motion-ckpt", "motion"),

@@ -162,7 +162,7 @@ class Job:
         """F_phi's samples are what `health` compares the generator's with. With --profile, count the samples
         that each role's network and D_tau's backbone see, recomputation not included."""
         self.F_phi = roles["F_phi"]
-        for net in {id(role.net): role.net for role in roles.values()}.values() if self.args.profile else ():
+        for net in {role.net for role in roles.values()} if self.args.profile else ():
             def hook(_, positional, named, net=net):
                 name = "D_tau features" if named.get("taps") else next(
                     name for name, role in roles.items()
@@ -191,11 +191,11 @@ class Job:
 
     def end(self, log: Log, gen_iter: int) -> bool:
         """Log, and save when due. True: a signal asked to stop. InputError after MAX_BAD non-finite ones in a row."""
-        args, due = self.args, gen_iter > self.gen_iter
+        args, updated, bad = self.args, gen_iter > self.gen_iter, bool(log.not_finite())
         drop_closed_streams()  # a reader of this output that has ended costs no updates
         self.gen_iter = gen_iter
-        self.bad = 0 if log.finite() else self.bad + 1
-        self.skipped += not log.finite()
+        self.bad = self.bad + 1 if bad else 0
+        self.skipped += bad
         peak = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
                 else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         if self.faults is not None:  # on every rank, or the ranks' lists of figures would differ in length
@@ -213,7 +213,7 @@ class Job:
             with writing(self.out):
                 data.append_jsonl(self.out / "metrics.jsonl", log.record)
             self.mirror(log.record)
-        if due:
+        if updated:
             self.history.append(log.record)
             self.bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in log.record.items()
                                               if key.startswith("loss_")), refresh=False)
@@ -225,7 +225,7 @@ class Job:
                 if is_main():
                     self.bar.write(f"{gen_iter}: {health(self.history, self.teacher_std)}")
         stop = any_rank(self.stop) or self.bad >= MAX_BAD
-        due = due and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)
+        due = updated and (gen_iter % args.save_every == 0 or gen_iter == args.max_iter)
         if not args.profile and (stop or due):
             progress = dict(gen_iter=gen_iter, global_iter=self.global_iter, skipped=self.skipped)
             with writing(self.out):
@@ -250,8 +250,8 @@ class Job:
         """Images as `generate`'s; black ones, and a note, where that refuses them: no sample ends a run."""
         args = self.args
         try:
-            return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, args.seed, cfg, 2 * args.micro_batch,
-                            self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
+            return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, args.seed, cfg,
+                            2 * args.micro_batch, self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
         except NotFinite as error:
             print0(f"note: {error}; the run goes on")
             return torch.zeros(len(prompts), *[args.frames] * bool(args.frames), 3, *args.size, dtype=torch.uint8)

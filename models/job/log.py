@@ -66,14 +66,15 @@ class Log:
             pairs = zip(self.record.pop("x_0_square"), self.record["x_0_mean"])
             self.record["x_0_std"] = [math.sqrt(max(0.0, square - mean ** 2)) for square, mean in pairs]
         self.record = values | self.record
-        wrong = [key for key, value in self.record.items()
-                 if key.startswith(("loss_", "grad_norm_")) and not math.isfinite(value)]
+        wrong = self.not_finite()
         if wrong and is_main():
             tqdm.write(f"iteration {values.get('global_iter')}: {some(wrong, 6)} not finite, so that update is "
                        f"skipped; {values.get('skipped')} iterations with such until now")
 
-    def finite(self) -> bool:
-        return all(math.isfinite(v) for k, v in self.record.items() if k.startswith(("loss_", "grad_norm_")))
+    def not_finite(self) -> list[str]:
+        """The losses and norms for which `update` has skipped its step."""
+        return [key for key, value in self.record.items()
+                if key.startswith(("loss_", "grad_norm_")) and not math.isfinite(value)]
 
 
 def average(records: list[dict], name: str) -> list[float]:
@@ -87,7 +88,7 @@ def health(history, teacher_std: list[float] | None = None) -> str:
     """One line about the last iterations: what a person would look for in the curves. `teacher_std`: the
     deviation of each channel of the teacher's latents."""
     records, figures = list(history), ""
-    last = records[-1]
+    last, late = records[-1], len(records) >= 50
     worries = [f"{key.removeprefix('grad_norm_')} has no gradient" for key in last
                if key.startswith("grad_norm_") and all(record[key] == 0 for record in records)]
     if "margin" in last:  # there is a discriminator
@@ -95,15 +96,17 @@ def health(history, teacher_std: list[float] | None = None) -> str:
         margin, loss = sum(margins) / len(margins), sum(record["loss_tau"] for record in records) / len(records)
         told = sum(apart) / len(apart)
         figures = f"margin {margin:+.4f} told apart {told:.2f} loss_tau {loss:.3f} "
-        if len(records) >= 50:
-            worries += ["D cannot tell fake from real"] * (abs(margin) < 1e-4 or told < 0.52)
-            worries += ["D has won: its loss is 0"] * (loss < 0.01)
+        if late and (abs(margin) < 1e-4 or told < 0.52):
+            worries.append("D cannot tell fake from real")
+        if late and loss < 0.01:
+            worries.append("D has won: its loss is 0")
     if "grad_x_0" in last:
         figures += f"gradient {average(records, 'grad_x_0')[0]:.2g} "
     if "cos_dmd" in last:
         cosine, *thirds = average(records, "cos_dmd")
         figures += f"cos {cosine:+.2f} ({' '.join(f'{value:+.2f}' for value in thirds)}) "
-        worries += ["the generator's gradient points away from DMD's direction"] * (len(records) >= 50 and cosine < 0)
+        if late and cosine < 0:
+            worries.append("the generator's gradient points away from DMD's direction")
     means, stds = average(records, "x_0_mean"), average(records, "x_0_std")
     before, after = average(records[:10], "x_0_std"), average(records[-10:], "x_0_std")
     drifts = [b / max(a, 1e-12) for a, b in zip(before, after)]

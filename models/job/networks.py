@@ -86,14 +86,14 @@ def check_export(path: Path) -> None:
 
 def load_network(args, preset: Preset, mesh: DeviceMesh, device: torch.device, trainable: bool = False,
                  adapters: dict[str, int] = {}, init: Path | None = None) -> nn.Module:
-    """A sharded denoiser with the weights of the checkpoint or of the file `init`: float32 when trained, else
-    in --precision. adapters: name -> rank, on a frozen base. Raises InputError for another architecture than
-    the preset's."""
+    """A sharded denoiser with the weights of the checkpoint or of the file `init`: float32 when trained, else in
+    --precision. adapters: name -> rank, 0 for none, on a frozen base. Raises InputError for another architecture."""
     compute, family = DTYPES[args.precision], FAMILIES[preset.family]
     tensors = None if args.random_weights and not init else open_denoiser(args, preset, init)
     with torch.device("meta"):
         net = family.network(**preset.config).to(torch.float32 if trainable else compute)
     net.requires_grad_(trainable)
+    adapters = {name: rank for name, rank in adapters.items() if rank}
     for name, rank in adapters.items():
         lora.add_lora(net, family.names, name, rank)
     if args.sequence_parallel > 1:
@@ -117,11 +117,10 @@ def init_file(args) -> Tensors | None:
     if not init:
         return None
     if init.is_dir():
-        exports = [init / name for name in ("generator.safetensors", ADAPTER)]
-        found = [path for path in exports if path.exists()]
+        found = [init / name for name in ("generator.safetensors", ADAPTER) if (init / name).exists()]
         if not found:
             raise InputError(f"--init {init}: no generator.safetensors; expected the folder of a finished run")
-        init = exports[bool(rank)] if exports[bool(rank)] in found else found[0]
+        init = found[-1] if rank else found[0]  # where both are there, the one that is asked for
     tensors = checkpoint.open_tensors(init)
     adapter = any(".lora_" in name for name in tensors)
     if rank and not adapter:

@@ -47,10 +47,12 @@ def encode_shard(text: Text, null: Cond, folder: Path, first: int, prompts: list
                  batches: int) -> dict | None:
     """Write the conditions of these prompts, the entries from `first` on: their entry for the manifest. A rank
     without prompts only takes part in the `batches` of the others, as the sharding of the encoders asks for."""
-    found, known = [null] * (None in prompts), [prompt for prompt in prompts if prompt is not None]
+    found = [null] if None in prompts else []
+    known = [prompt for prompt in prompts if prompt is not None]
     for start in range(0, batches * BATCH, BATCH):
         encoded = text.encode(known[start:start + BATCH] or [""])
-        found += [encoded] * bool(known[start:])
+        if start < len(known):
+            found.append(encoded)
     if not prompts:
         return None
     context, pooled = (torch.cat(parts).to("cpu", dtype) for parts in zip(*found))
