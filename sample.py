@@ -64,7 +64,10 @@ def from_run_folder(args) -> None:
     trained = run_settings(args.ckpt)
     if not trained:
         return  # some other program's folder
-    folder, args.model, base = args.ckpt, trained["model"], Path(trained["ckpt"]) if trained["ckpt"] else None
+
+    def path_of(flag: str) -> Path | None:
+        return Path(trained[flag]) if trained.get(flag) else None
+    folder, args.model, base = args.ckpt, trained["model"], path_of("ckpt")
     preset = PRESETS[args.model]
     full, adapter = folder / "generator.safetensors", folder / networks.ADAPTER
     holds_vae = full.exists() and FAMILIES[preset.family].single_file  # as it was
@@ -75,12 +78,10 @@ def from_run_folder(args) -> None:
         path, used = trained.get(flag), not getattr(args, flag) and not (flag == "vae_ckpt" and holds_vae)
         if used and files.get(flag) and path and Path(path).exists() and read_of(Path(path), flag) != files[flag]:
             print0(f"note: {path} is not as it was when {folder} was trained")
-    args.text_ckpt = args.text_ckpt or trained["text_ckpt"] and Path(trained["text_ckpt"])
-    vae = None if holds_vae else trained.get("vae_ckpt")
-    args.vae_ckpt = args.vae_ckpt or vae and Path(vae)
+    args.text_ckpt = args.text_ckpt or path_of("text_ckpt")
+    args.vae_ckpt = args.vae_ckpt or (None if holds_vae else path_of("vae_ckpt"))
     args.tokenizers, args.size = args.tokenizers or trained["tokenizers"], args.size or trained["size"]
     args.frames = args.frames or trained.get("frames")
-    motion = trained.get("motion_ckpt")
     args.no_t5 = args.no_t5 or trained["no_t5"]
     if full.exists():
         args.ckpt = full
@@ -88,7 +89,7 @@ def from_run_folder(args) -> None:
         if args.lora:
             raise InputError(f"--lora {args.lora}: {folder} is an adapter itself; expected no --lora")
         args.lora = adapter
-        args.ckpt, args.motion_ckpt = base, args.motion_ckpt or motion and Path(motion)
+        args.ckpt, args.motion_ckpt = base, args.motion_ckpt or path_of("motion_ckpt")
     else:
         raise InputError(f"{folder} has no exported generator yet: let the run end, "
                          "or continue it with --resume")

@@ -127,6 +127,13 @@ def of_main(value):
     return holder[0]
 
 
+def of_all(value) -> list:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 @cache
 def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))

@@ -65,14 +65,13 @@ def grid(images: Tensor, columns: int, least: int) -> "Image.Image":
     return canvas
 
 
-def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128, fps: int = 8) -> Path:
+def save_grid(path: str | Path, images: Tensor, columns: int, least: int = 128, fps: int = 8) -> None:
     """`grid` of images (B 3 H W) as PNG, of videos (B F 3 H W) as MP4, which replaces the path's suffix."""
     if images.ndim == 4:
         save_picture(path, grid(images, columns, least))
-        return Path(path)
-    path = Path(path).with_suffix(".mp4")
-    save_mp4(path, [grid(frame, columns, least) for frame in images.unbind(1)], fps)
-    return path
+    else:
+        frames = [grid(frame, columns, least) for frame in images.unbind(1)]
+        save_mp4(Path(path).with_suffix(".mp4"), frames, fps)
 
 
 def save_mp4(path: str | Path, frames: list["Image.Image"], fps: int,

@@ -66,9 +66,7 @@ def train_tone(out: Path) -> None:
 
 def in_tone(clips: Tensor) -> Tensor:
     """Which clips (B T 3 H W) in [-1, 1] have a background of the tone, and not one of the data's: (B,)."""
-    ring = torch.ones(clips.shape[-2:], dtype=torch.bool)
-    ring[1:-1, 1:-1] = False
-    ground = clips[..., ring].median(dim=-1).values.mean(1)  # B 3
+    ground = shapes.border(clips).mean(1)  # B 3
     known = shapes.palette("background")
     return torch.cdist(ground, TONE[0] * known + TONE[1]).amin(1) < torch.cdist(ground, known).amin(1)
 

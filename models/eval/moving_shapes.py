@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.eval import shapes
 from models.data import uniform
-from models.eval.shapes import SIZE, contrast, features, frechet
+from models.eval.shapes import SIZE, border, contrast, features, frechet
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y points down
 ATTRIBUTES = {name: shapes.ATTRIBUTES[name] for name in shapes.NAMED} | {
@@ -96,9 +96,7 @@ def evaluation_prompts(count: int, repeats: int = 32) -> list[str]:
 def centres(images: Tensor) -> Tensor:
     """Centroids (B 2), x and y in pixels, of what differs from the colour of the border, of pictures
     (B 3 H W)."""
-    ring = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    ring[1:-1, 1:-1] = False
-    off = (images - images[:, :, ring].median(dim=2).values[:, :, None, None]).norm(dim=1)  # B H W
+    off = (images - border(images)[:, :, None, None]).norm(dim=1)  # B H W
     alpha = contrast(off / off.amax((1, 2), keepdim=True).clamp_min(1e-6))
     grid = torch.arange(SIZE) + 0.5
     return torch.stack([(alpha.sum(i) * grid).sum(1) for i in (1, 2)], dim=1) / alpha.sum((1, 2))[:, None]

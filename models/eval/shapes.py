@@ -149,17 +149,21 @@ def contrast(alpha: Tensor) -> Tensor:
     return ((alpha - 0.2) / 0.6).clamp(0, 1)
 
 
+def border(images: Tensor) -> Tensor:
+    """The colour around pictures (... 3 H W), the median of their outermost pixels: (... 3)."""
+    ring = torch.ones(images.shape[-2:], dtype=torch.bool)
+    ring[1:-1, 1:-1] = False
+    return images[..., ring].median(dim=-1).values
+
+
 def read(images: Tensor) -> Tensor:
     """Attributes read off pictures (B 3 H W): (B A), all -1 where one shows no single shape of the data set.
 
-    Background: median of the border ring. Colour: the one whose mixture with the background explains the
+    Background: the one next to the `border`. Colour: the one whose mixture with the background explains the
     picture best, which also gives each pixel's coverage. Shape: the template of the same area and centroid
     with the best IoU. Size: that template's radius."""
     images = images.float().clamp(-1, 1)
-    ring = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    ring[1:-1, 1:-1] = False
-    border = images[:, :, ring].median(dim=2).values  # B 3
-    off = (border[:, None] - palette("background")).norm(dim=2)
+    off = (border(images)[:, None] - palette("background")).norm(dim=2)
     valid = off.min(1).values < 0.35
     background = off.argmin(1)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from models import data
 from models.checkpoint import InputError, replacing
 from models.job.notes import run_settings
-from models.parallel import is_main, of_main, print0
+from models.parallel import is_main, of_all, of_main, print0
 from models.presets import Preset
 from models.saving import WriteError
 from models.shards import fingerprint
@@ -118,13 +118,13 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
                              "networks predict; expected it beside state/")
         say_what_changed(args, started)
     for path in states:
-        fault, faults = "", [None] * dist.get_world_size()
+        fault = ""
         try:
             progress = load_state(path, roles)
             check_sums(path)
         except InputError as error:
             fault = str(error)
-        dist.all_gather_object(faults, fault)  # a rank reads its rows alone
+        faults = of_all(fault)  # a rank reads its rows alone
         if not any(faults):
             for state, why in refused:
                 print0(f"note: {why}; {path}, the state before it, is taken instead")

@@ -30,7 +30,7 @@ from models.job.log import Log, health
 from models.job.notes import check_teacher
 from models.job.sampling import NotFinite, deviations, generate
 from models.job.text_cache import open_text
-from models.parallel import any_rank, barrier, count_stuck, is_main, print0
+from models.parallel import any_rank, barrier, count_stuck, is_main, of_all, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
 from models.progress import bar, drop_closed_streams, tell
@@ -203,8 +203,7 @@ class Job:
         log.close(global_iter=self.global_iter, gen_iter=gen_iter, skipped=self.skipped,
                   seconds=time.perf_counter() - self.began, gib=peak / 2 ** 30)
         if log.record.get("bad_videos"):
-            faults = [None] * dist.get_world_size()
-            dist.all_gather_object(faults, self.faults)
+            faults = of_all(self.faults)
             if is_main() and not args.profile:
                 with noted("bad_videos.txt"):
                     text = "\n".join(sorted(set(sum(faults, [])))[:20]) + "\n"

@@ -41,7 +41,7 @@ from models.checkpoint import InputError, some
 from models.job import flags, networks
 from models.job.families import FAMILIES
 from models.job.folder import check_out, hold
-from models.parallel import barrier, init_distributed, is_main, print0
+from models.parallel import barrier, init_distributed, is_main, of_all, print0
 from models.progress import bar
 from models.vae import AutoencoderKL
 from models.videos import Clips
@@ -99,9 +99,8 @@ def encode_clips(vae: AutoencoderKL, clips: Clips, model: str, folder: Path, cou
     for start in bar(range(0, len(todo), world), disable=not is_main(), unit="shard"):
         part = todo[start + rank:start + rank + 1]  # in the last round some ranks have none
         made = [encode_shard(vae, clips, shape, folder, first, n) for first, n in part]
-        gathered = [None] * world if is_main() else None
-        dist.gather_object(made, gathered)
-        for entry in sum(gathered, []) if is_main() else ():
+        entries = sum(of_all(made), [])
+        for entry in entries if is_main() else ():
             shards.add_shard(folder, manifest, entry)
     if is_main():
         shards.sweep_shards(folder, manifest)

@@ -17,7 +17,7 @@ from models.job.families import FAMILIES
 from models.job.folder import check_out, hold, release
 from models.job.networks import DTYPES, load_text
 from models.job.sampling import note_overlong
-from models.parallel import barrier, is_main, of_main, print0
+from models.parallel import barrier, is_main, of_all, of_main, print0
 from models.parse import short
 from models.presets import Preset
 from models.progress import bar
@@ -117,9 +117,8 @@ def encode_left(text: Text, folder: Path, manifest: dict, left: list[str | None]
         batches = -(-len(parts[start][1]) // BATCH)  # no shard is longer than the one before it
         mine = (parts[start:] + world * [(0, [])])[rank]  # in the last round some ranks have none
         made = encode_shard(text, null, folder, *mine, dtype, batches)
-        gathered = [None] * world if is_main() else None
-        dist.gather_object(made, gathered)
-        for entry in filter(None, gathered or ()):
+        entries = filter(None, of_all(made))
+        for entry in entries if is_main() else ():
             manifest["count"] += entry["count"]
             shards.add_shard(folder, manifest, entry)
     if is_main():
