@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from models import lora
-from models.checkpoint import InputError, open_tensors
+from models.checkpoint import InputError, open_tensors, weights_in
 from models.data import check_text
 from models.diffusion import Denoiser, generator_times, on_grid, teacher_times
 from models.eval.prompt_sets import prompt_set
@@ -138,6 +138,8 @@ def main(args):
         raise InputError(f"{args.ckpt}: no such file or folder; expected a checkpoint or a run folder")
     if args.ckpt and (args.ckpt / "config.json").exists():
         from_run_folder(args)
+    if args.lora and args.lora.is_dir():
+        args.lora = weights_in(args.lora)  # a file, whose notes are read
     notes = given_notes(args)
     args.model = notes.get("dmdx.model", args.model or "tiny-sd3")
     if asked not in (None, args.model):

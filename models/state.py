@@ -75,7 +75,7 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
     try:
         if is_main():
             for unfinished in folder.glob("iter_*.tmp"):  # of killed runs
-                shutil.rmtree(unfinished)
+                remove_state(unfinished)
             temporary.mkdir(parents=True)
         barrier()
         dcp.save(tensors, checkpoint_id=temporary)
@@ -83,10 +83,11 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
             (temporary / "progress.json").write_text(json.dumps(progress))
             sums = {name: sha256((temporary / name).read_bytes()).hexdigest() for name in SUMMED}
             (temporary / "sha256.json").write_text(json.dumps(sums))
-            shutil.rmtree(final, ignore_errors=True)
+            if os.path.lexists(final):
+                remove_state(final)
             os.replace(temporary, final)
             for old in complete_states(folder)[:-KEPT]:
-                shutil.rmtree(old)
+                remove_state(old)
     except (OSError, CheckpointException) as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0
         if is_main():
@@ -96,6 +97,11 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
                          f"{free:.3g} GB were free)") from error
     barrier()
     return final
+
+
+def remove_state(path: Path) -> None:
+    """Of one that was moved to another disk the link alone."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def complete_states(folder: Path) -> list[Path]:

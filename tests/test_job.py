@@ -103,6 +103,19 @@ def test_a_named_state_continues_the_run_that_saved_it(tmp_path, monkeypatch):
         folder("--resume", "elsewhere/iter_00000001")
 
 
+def test_a_state_of_one_run_deletes_nothing_in_the_folder_of_another(tmp_path, finished, copy):
+    """What had got further than the named state was deleted there, whichever run's it was."""
+    before, state = contents(copy), finished / "state" / "iter_00000001"
+    assert refusal(*SMALL, "--max-iter", 3, "--resume", state, "--out", copy) == (
+        f"--resume {state}: {copy} holds another run, whose states would be deleted; expected another --out, or --resume "
+        "without a state to continue that run")
+    assert contents(copy) == before
+    (tmp_path / "link").symlink_to(copy)
+    assert folder("--resume", copy / "state" / "iter_00000001", "--out", tmp_path / "link") == tmp_path / "link"
+    (tmp_path / "last").symlink_to(copy / "state" / "iter_00000001")
+    assert folder("--resume", tmp_path / "last") == copy.resolve()
+
+
 def test_a_run_is_never_overwritten(finished):
     before = contents(finished)
     assert refusal(*SMALL, "--out", finished) == f"{finished} already holds a run: pass --resume to continue it or another --out"
@@ -200,6 +213,18 @@ def test_resume_does_not_start_where_a_run_has_ended(copy):
         f"--resume: {copy} holds no complete state but generator_lora.safetensors of a run that has ended; "
         "expected another --out")
     assert contents(copy) == before
+
+
+def test_states_on_another_disk(copy, tmp_path):
+    """state/ or one of the states is a link; only links are deleted where others take their places."""
+    (copy / "state").rename(tmp_path / "disk")
+    (copy / "state").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "iter_00000001").rename(tmp_path / "first")
+    (tmp_path / "disk" / "iter_00000001").symlink_to(tmp_path / "first")
+    train(*SMALL, "--max-iter", 3, "--save-every", 1, "--resume", "--out", copy)
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["iter_00000002", "iter_00000003"]
+    assert (tmp_path / "first" / ".metadata").exists()
+    assert folder("--resume", copy / "state" / "iter_00000002") == copy
 
 
 def test_a_named_state_that_is_not_there(tmp_path):

@@ -176,6 +176,14 @@ def test_both_lora_files_give_the_pictures_of_the_run(tmp_path, adapter):
     assert difference(pictures(tmp_path / "off", "--lora", adapter / name, "--lora-scale", 0), images) > 1
 
 
+def test_a_folder_with_an_adapter_is_that_adapter(tmp_path, adapter):
+    """Which says how it is sampled: without that it would be a teacher's 28 guided steps."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "generator_lora.safetensors").symlink_to(adapter / "generator_lora.safetensors")
+    images = pictures(tmp_path / "out", "--lora", tmp_path / "copy", "--count", 2)
+    assert difference(images, pictures(tmp_path / "run", "--ckpt", adapter, "--count", 2)) == 0
+
+
 def test_an_export_knows_its_model(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny-other", ROW)
     out = train(tmp_path / "run", "--model", "tiny-other", "--lora-rank", 1)

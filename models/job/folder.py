@@ -26,7 +26,7 @@ from models.parallel import is_main, of_all, of_main, print0
 from models.presets import Preset
 from models.saving import WriteError
 from models.shards import fingerprint
-from models.state import Roles, check_sums, complete_states, load_state, reason
+from models.state import Roles, check_sums, complete_states, load_state, reason, remove_state
 
 HELD = []  # lock files: closing one would end its lock
 
@@ -52,7 +52,7 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
     if args.out is None and args.resume == "newest" and runs:
         args.out = max(runs, key=lambda run: (bool(complete_states(run / "state")), run))
     elif args.out is None and args.resume not in (None, "newest"):
-        args.out = Path(args.resume).resolve().parent.parent
+        args.out = run_of(args.resume)
         if not (args.out / "config.json").exists():
             raise InputError(f"--resume {args.resume}: not inside a run folder; "
                              "pass the folder to continue in as --out")
@@ -65,7 +65,17 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
         check_out(args.out)
     if not args.resume:
         check_unused(args.out)
+    elif args.resume != "newest" and (args.out / "config.json").exists() and \
+            args.out.resolve() != run_of(args.resume).resolve():
+        raise InputError(f"--resume {args.resume}: {args.out} holds another run, whose states would be deleted; "
+                         "expected another --out, or --resume without a state to continue that run")
     return args.out
+
+
+def run_of(state: str | Path) -> Path:
+    """The run folder that a state is in. A link may lead into a run, or the state or state/ to another disk."""
+    near, far = (Path(path(state)).parent.parent for path in (os.path.abspath, os.path.realpath))
+    return near if (near / "config.json").exists() else far
 
 
 def check_unused(out: Path) -> None:
@@ -112,7 +122,7 @@ def resume(args: argparse.Namespace, out: Path, roles: Roles) -> dict[str, int] 
     states = of_main([Path(args.resume)] if args.resume != "newest" else complete_states(out / "state")[::-1])
     refused = []
     if states:
-        started = states[0].resolve().parent.parent
+        started = run_of(states[0])
         if states[0].exists() and not run_settings(started):
             raise InputError(f"{started}: no config.json of the run that saved the state, which alone says what its "
                              "networks predict; expected it beside state/")
@@ -171,7 +181,7 @@ def open_folder(args: argparse.Namespace, preset: Preset, out: Path, gen_iter: i
     config.json is written."""
     for state in complete_states(out / "state"):
         if int(state.name[5:]) > global_iter:
-            shutil.rmtree(state)
+            remove_state(state)
     data.truncate_jsonl(out / "metrics.jsonl", "global_iter", global_iter)
     data.truncate_jsonl(out / "evaluation.jsonl", "gen_iter", gen_iter)
     git = "" if not shutil.which("git") else subprocess.run(  # many containers have none
