@@ -138,7 +138,9 @@ def open_torch(path: Path) -> Tensors:
     sets, top = {}, tensors_of(data)
     if isinstance(data, dict):
         sets = {key: found for key, value in data.items() if (found := tensors_of(value))}
-    if not sets or len(top) > max(map(len, sets.values())):  # beside the weights a trainer may keep a counter
+    if any(top.keys() & found.keys() for found in sets.values()):  # the weights, and beside them their average
+        sets["at the top"] = top
+    elif not sets or len(top) > max(map(len, sets.values())):  # beside the weights a trainer may keep a counter
         sets = {"": top}
     if len(sets) > 1:
         raise InputError(f"{path}: holds several sets of tensors ({some(sets)}); expected one")

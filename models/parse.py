@@ -130,6 +130,8 @@ def span_of(name: str, entry) -> Span:
         raise ValueError(f"no whole numbers in shape and data_offsets of {short(name)}")
     if math.prod(max(n, 1) for n in shape) >= 2 ** 60:  # torch counts elements and bytes in 63 bits
         raise ValueError(f"the shape of {short(name)} is larger than any memory")
+    if len(shape) > 64:  # with which torch can do nothing
+        raise ValueError(f"{short(name)} has {len(shape)} dimensions")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{short(name)} has the unsupported dtype {short(dtype)}; "
                          f"expected one of {', '.join(DTYPES)}")
@@ -190,10 +192,10 @@ def check_nesting(content: bytes | BinaryIO, most: int = 10 ** 4) -> None:
 
 
 def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises InputError for tensors that are no plain arrays: sparse, nested, quantised or without values, or
-    expanded, so that a small file would fill all memory."""
+    """Raises InputError for tensors that are no plain arrays: sparse, nested, quantised, one process's part (DTensor),
+    without values, or expanded, so that a small file would fill all memory."""
     for name, t in tensors.items():
-        if t.is_nested or t.layout != torch.strided or t.is_quantized or t.is_meta or \
+        if type(t) is not Tensor or t.is_nested or t.layout != torch.strided or t.is_quantized or t.is_meta or \
                 t.numel() * t.itemsize > t.untyped_storage().nbytes():
             raise InputError(f"{path}: {short(name)} is sparse, nested, quantised, expanded or without values; "
                              "expected plain tensors")

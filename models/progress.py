@@ -1,4 +1,6 @@
 """Progress: a bar on a terminal, now and then a line where stderr is a file."""
+import errno
+import io
 import math
 import os
 import select
@@ -6,6 +8,28 @@ import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
+
+
+class Output(io.FileIO):
+    """stdout or stderr in a file, whose disk may be full: what does not fit there is lost, and the run goes on."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return len(data)
+
+
+def outlive_full_logs() -> None:
+    """From now on no line for a log ends the process because the log's disk is full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper and not stream.isatty():  # and not what captures it, as pytest does
+            stream.flush()
+            output = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(output, stream.encoding, stream.errors, line_buffering=True))
 
 
 class Lines:

@@ -100,8 +100,10 @@ def read_frames(path: str | Path, indices: Sequence[int], size: tuple[int, int] 
         for i, frame in enumerate(decoded(file, stream)):
             if (places.get(frame.pts) if places else i) == index:
                 shown = frame.to_ndarray(format="rgb24")[::-1 if mirrored(frame) else 1]
-                pixels = np.rot90(shown, round(frame.rotation / 90))
-                frames.append(np.array(fit(Image.fromarray(pixels), size) if size else pixels))
+                turns = round(frame.rotation / 90)
+                pixels, wide = np.rot90(shown, turns), float(stream.sample_aspect_ratio or 1)  # 0: not known
+                wide = 1 / wide if turns % 2 else wide
+                frames.append(np.array(fit(Image.fromarray(pixels), size, wide) if size else pixels))
                 if len(frames) * frames[-1].nbytes > LARGEST:
                     raise InputError(f"{path}: more than {LARGEST} bytes of pixels; expected a shorter video")
                 index = next(wanted, None)
@@ -116,15 +118,16 @@ def read_frames(path: str | Path, indices: Sequence[int], size: tuple[int, int] 
         return rearrange(torch.from_numpy(np.stack(frames)), "N H W C -> N C H W")
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int], wide: float = 1.0) -> Image.Image:
     """The largest part from the centre with the proportions of (height, width), bilinear with antialiasing;
-    of a square the short side is kept. A smaller picture is enlarged."""
+    of a square the short side is kept. A smaller picture is enlarged. `wide`: of a pixel, in units of its height."""
     (W, H), (height, width) = image.size, size
+    width, columns = width / wide, width
     scale = min(W / width, H / height)
     if scale < 1:
-        warnings.warn(f"videos smaller than {height}x{width} pixels are enlarged", stacklevel=2)
+        warnings.warn(f"videos smaller than {height}x{columns} pixels are enlarged", stacklevel=2)
     left, top = max(0.0, (W - scale * width) / 2), max(0.0, (H - scale * height) / 2)
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, W - left, H - top))
+    return image.resize((columns, height), Image.Resampling.BILINEAR, box=(left, top, W - left, H - top))
 
 
 def clip_indices(F: int, u: float, frames: int, stride: int) -> list[int]:

@@ -265,6 +265,7 @@ def test_damaged_and_foreign_files(tmp_path):
         "float.safetensors": (header(shape=[2.0]), "no whole numbers in shape and data_offsets of x"),
         "negative.safetensors": (header(shape=[-1, -2]), "no whole numbers in shape and data_offsets of x"),
         "text.safetensors": (header(data_offsets="08"), "no whole numbers in shape and data_offsets of x"),
+        "many.safetensors": (header(shape=[1] * 65), "has 65 dimensions"),
         "huge.safetensors": (header(shape=[0, 2 ** 62], data_offsets=[0, 0]), "larger than any memory"),
         "deep.safetensors": (with_length(b'{"x":' + 200_000 * b"["), "header (nested too deep)"),
         "list.safetensors": (with_length(b'{"x":[1]}'), "no dtype, shape and data_offsets of x"),
@@ -301,6 +302,8 @@ def test_torch_files_without_one_set_of_tensors(tmp_path):
     assert "no tensors" in refusal(open_tensors, tmp_path / "list.pt")
     torch.save({"generator": small(), "ema": small()}, tmp_path / "two.pt")
     assert "several sets of tensors (generator, ema)" in refusal(open_tensors, tmp_path / "two.pt")
+    torch.save(small() | {"ema": small()}, tmp_path / "average.pt")
+    assert "several sets of tensors (ema, at the top)" in refusal(open_tensors, tmp_path / "average.pt")
 
 
 def test_absent_files_and_folders(tmp_path):

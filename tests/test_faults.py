@@ -58,6 +58,14 @@ def test_tensors_that_are_no_plain_arrays(tmp_path, make):
                                                           "expected plain tensors")
 
 
+def test_a_part_of_a_sharded_tensor_is_no_tensor(tmp_path):
+    """What torch.save of FSDP's own state leaves: the shape is the whole tensor's, the values are one process's."""
+    from torch.distributed.tensor import DTensor, Shard
+    _, mesh = parallel.init_distributed()
+    torch.save({"x": DTensor.from_local(torch.ones(2, 3), mesh["shard"], [Shard(0)])}, tmp_path / "x.pt")
+    assert "x is sparse, nested, quantised, expanded or without values" in says(open_tensors, tmp_path / "x.pt")
+
+
 def test_a_compressed_file_is_not_inflated(tmp_path):
     torch.save({"x": torch.zeros(3)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:

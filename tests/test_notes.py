@@ -104,6 +104,7 @@ def test_the_scheduler_beside_a_denoisers_folder(tmp_path, model, settings, word
 def test_a_vae_of_another_scale(tmp_path):
     for settings, refused in (({"_class_name": "AutoencoderKL", "scaling_factor": 0.18215}, True),
                               ({"_class_name": "AutoencoderKL", "scaling_factor": 0.13025, "shift_factor": None}, False),
+                              ({"_class_name": ["AutoencoderKL"], "scaling_factor": 0.18215}, True),
                               ({"scaling_factor": 1}, False)):  # some other program's
         (tmp_path / "config.json").write_text(json.dumps(settings))
         if refused:

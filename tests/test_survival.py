@@ -221,6 +221,16 @@ def test_a_reader_of_the_output_that_ends_costs_no_updates(tmp_path):
     assert (tmp_path / "run" / "generator_lora.safetensors").exists()
 
 
+def test_a_log_on_a_full_disk_costs_no_updates(tmp_path):
+    """Which is another disk than the run's."""
+    command = [sys.executable, ROOT / "adm.py", "--out", tmp_path / "run", "--max-iter", 2, "--batch-size", 1, "--steps", 1,
+               "--evaluate", 0]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(list(map(str, command)), stdout=full, stderr=full, timeout=120).returncode == 0
+        assert subprocess.run([sys.executable, ROOT / "adm.py", "--steps", "0"], stderr=full, timeout=60).returncode == 2
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     """As nohup has it."""
     before = {number: signal.signal(number, handler) for number, handler in

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import av
@@ -149,6 +150,22 @@ def test_a_video_is_read_as_a_player_shows_it(tmp_path, matrix, turned):
     struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     assert torch.equal(read_frames(path, [0]), turned(plain))
+
+
+def test_pixels_that_are_no_squares(tmp_path):
+    """As of DV and of DVDs: 16 columns that are each as wide as two, of which the middle 8 make a square."""
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+    for wide in (1, 2):
+        with av.open(tmp_path / f"{wide}.mp4", "w") as file:
+            stream = file.add_stream("ffv1", rate=30)
+            stream.height, stream.width, stream.pix_fmt = 16, 16, "bgr0"
+            stream.codec_context.sample_aspect_ratio = Fraction(wide)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            file.mux(stream.encode())
+    assert torch.equal(read_frames(tmp_path / "1.mp4", [0], (16, 16)), read_frames(tmp_path / "1.mp4", [0]))
+    found = read_frames(tmp_path / "2.mp4", [0], (16, 16))[0].permute(1, 2, 0).numpy()
+    middle = videos.Image.fromarray(pixels[:, 4:12]).resize((16, 16), videos.Image.Resampling.BILINEAR)
+    assert np.abs(found[:, 2:14].astype(int) - np.asarray(middle)[:, 2:14]).max() <= 1
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

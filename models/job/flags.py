@@ -19,7 +19,7 @@ from models.job.notes import export_notes
 from models.parallel import barrier
 from models.parse import short
 from models.presets import PRESETS, Preset
-from models.progress import drop_closed_streams, end_bars
+from models.progress import drop_closed_streams, end_bars, outlive_full_logs
 from models.saving import WriteError
 from models.sequence import check_heads
 
@@ -181,6 +181,7 @@ def entry(script: str, main: Callable, args: argparse.Namespace) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    outlive_full_logs()
     for name, value in vars(args).items():  # a shell leaves the ~ of --ckpt=~/file as it is
         if isinstance(value, Path) or name in ("prompts", "tokenizers", "resume") and isinstance(value, str):
             setattr(args, name, type(value)(os.path.expanduser(value)))

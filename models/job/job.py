@@ -250,7 +250,8 @@ class Job:
         args = self.args
         try:
             return generate(F, self.text, self.vae, prompts, tn, self.latent_shape, args.seed, cfg,
-                            2 * args.micro_batch, self.preset.decode_batch, args.sequence_parallel, args.context_parallel)
+                            2 * args.micro_batch, self.preset.decode_batch, args.sequence_parallel,
+                            args.context_parallel)
         except NotFinite as error:
             print0(f"note: {error}; the run goes on")
             return torch.zeros(len(prompts), *[args.frames] * bool(args.frames), 3, *args.size, dtype=torch.uint8)

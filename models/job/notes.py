@@ -154,7 +154,7 @@ def check_scale(weights: Path, vae: dict) -> None:
     if "Autoencoder" not in str(settings.get("_class_name")):
         return
     # Where the file says none, diffusers takes that of Stable Diffusion 1, or CogVideoX-2b's.
-    usual = {"AutoencoderKL": 0.18215, "AutoencoderKLWan": None}.get(settings["_class_name"], 1.15258426)
+    usual = {"AutoencoderKL": 0.18215, "AutoencoderKLWan": None}.get(str(settings["_class_name"]), 1.15258426)
     statistics = {key: list(vae[key]) if key in vae else None for key in ("mean", "std")}
     for key, value, absent in (
             ("scaling_factor", vae.get("scale"), usual), ("shift_factor", vae.get("shift", 0.0), 0.0),
