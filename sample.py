@@ -50,7 +50,7 @@ from models.diffusion import Denoiser, generator_times, on_grid, teacher_times
 from models.eval.prompt_sets import prompt_set
 from models.job import flags, networks, sampling
 from models.job.families import FAMILIES, MOTION, source
-from models.job.folder import check_out, hold
+from models.job.folder import check_out, hold, note_old_export
 from models.job.notes import export_notes, parametrisation, read_of, run_settings, tell_other_base
 from models.parallel import barrier, init_distributed, is_main, print0
 from models.parse import short
@@ -93,6 +93,7 @@ def from_run_folder(args) -> None:
     else:
         raise InputError(f"{folder} has no exported generator yet: let the run end, "
                          "or continue it with --resume")
+    note_old_export(folder)
 
 
 def given_notes(args) -> dict[str, str]:

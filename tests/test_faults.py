@@ -205,6 +205,8 @@ def test_prompts_of_other_layouts(tmp_path):
     ("sample.py", "--lora-scale 2: of which adapter is not said", ("--lora-scale", 2)),
     ("sample.py", "expected times that differ by 0.001", ("--model", "tiny-sdxl", "--times", 1, 0.9999)),
     ("sample.py", "error: argument --seed: invalid int value: '1e30'", ("--seed", "1e30")),
+    ("adm.py", "--random-weights --ckpt x.safetensors: expected one of the two", ("--random-weights", "--ckpt", "x.safetensors")),
+    ("adm.py", "--evaluate-metrics clip: expected --evaluate-every N too", ("--evaluate-metrics", "clip")),
     ("adm.py", "--offload-activations: tiny-sd3 runs with --no-checkpointing", ("--offload-activations",)),
     ("adm.py", "argument --out: expected a path of one line, found none", ("--out", "")),
     ("sample.py", "argument --ckpt: expected a path of one line", ("--ckpt", "a\nb")),

@@ -1,4 +1,7 @@
 """sample.py on tiny-sd3: what it writes, what its pictures depend on, and that a run's exports give the run's own pictures."""
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -353,6 +356,23 @@ def test_another_model_than_the_export_says(tmp_path, full, adapter):
         with pytest.raises(InputError) as caught:
             pictures(tmp_path / "out", *flags, "--model", "tiny-sdxl")
         assert str(caught.value) == f"--model tiny-sdxl: {file} was trained for tiny-sd3; expected that one or no --model"
+
+
+def test_a_run_that_went_on_after_its_export(tmp_path, full, capsys):
+    """And was stopped: what it has exported is the generator of its first end."""
+    run, said = shutil.copytree(full, tmp_path / "run"), "note: {} is at update 1 of 9; the generator there is of an end before that\n"
+    pictures(tmp_path / "a", "--ckpt", run, "--count", 1)
+    assert "note:" not in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    config["args"]["max_iter"] = 9
+    (run / "config.json").write_text(json.dumps(config))
+    pictures(tmp_path / "b", "--ckpt", run, "--count", 1)
+    assert said.format(run) in capsys.readouterr().out
+    train(tmp_path / "c", "--init", run)
+    assert said.format(run) in capsys.readouterr().out
+    (run / "state" / "iter_00000001" / "progress.json").write_text("{")
+    pictures(tmp_path / "d", "--ckpt", run, "--count", 1)
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_folders_that_are_no_finished_run(tmp_path, full):

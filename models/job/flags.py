@@ -14,6 +14,7 @@ import torch.distributed as dist
 from models.checkpoint import InputError
 from models.data import digest, read_prompts
 from models.job.families import FAMILIES, Family
+from models.job.folder import note_old_export
 from models.job.networks import init_file
 from models.job.notes import export_notes
 from models.parallel import barrier
@@ -121,6 +122,8 @@ def check_numbers(args: argparse.Namespace) -> None:
 def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     """`resolve_model` and the batch of a training run; `adp` takes the preset's values for the pre-training.
     Raises InputError for what cannot be cut evenly."""
+    if args.random_weights and args.ckpt:
+        raise InputError(f"--random-weights --ckpt {args.ckpt}: expected one of the two")
     preset = resolve_model(args)
     if adp:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
@@ -141,6 +144,8 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
                          "expected --lora-rank 0")
     init = init_file(args)
     predicts = export_notes(init).get("dmdx.predicts") if init else "velocity"
+    if init and args.init.is_dir():
+        note_old_export(args.init)
     if adp and predicts != "velocity":
         raise InputError(f"--init {args.init}: a generator that predicts {predicts}; expected a run of adp.py")
     procedural = bool(preset.data)
@@ -149,6 +154,9 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if args.evaluate_every and not args.evaluate:
         raise InputError(f"--evaluate-every {args.evaluate_every} --evaluate {args.evaluate}: expected 0 or "
                          "more updates, and samples to evaluate")
+    if args.evaluate_metrics and not args.evaluate_every:
+        raise InputError(f"--evaluate-metrics {' '.join(args.evaluate_metrics)}: expected --evaluate-every N too, "
+                         "which asks for their figures")
     args.evaluate_metrics = args.evaluate_metrics or ["shapes" if procedural else "clip"]
     if args.evaluate_every and "shapes" in args.evaluate_metrics and not exact(args, preset):
         raise InputError(f"--evaluate-metrics shapes: for the tiny models at their own size; {args.model} "

@@ -26,7 +26,7 @@ from models.parallel import is_main, of_all, of_main, print0
 from models.presets import Preset
 from models.saving import WriteError
 from models.shards import fingerprint
-from models.state import Roles, check_sums, complete_states, load_state, reason, remove_state
+from models.state import Roles, check_sums, complete_states, load_state, read_progress, reason, remove_state
 
 HELD = []  # lock files: closing one would end its lock
 
@@ -174,6 +174,17 @@ def say_what_changed(args: argparse.Namespace, started: Path) -> None:
         raise InputError(f"--init {now.get('init')}: expected {before.get('init')}, with which this run was started")
     if changed:
         print0(f"changed since this run was last started: {', '.join(changed)}")
+
+
+def note_old_export(out: Path) -> None:
+    """Say so where a run went on after it had exported its generator, and has not come to its end again."""
+    try:
+        most = run_settings(out).get("max_iter")
+        reached = [read_progress(state / "progress.json")["gen_iter"] for state in complete_states(out / "state")[-1:]]
+    except InputError:
+        return  # --resume says what is wrong there
+    if type(most) is int and reached and reached[0] < most:
+        print0(f"note: {out} is at update {reached[0]} of {most}; the generator there is of an end before that")
 
 
 def open_folder(args: argparse.Namespace, preset: Preset, out: Path, gen_iter: int, global_iter: int) -> None:
