@@ -1,4 +1,5 @@
 """Files that are written whole or not at all, and the checksum of exported ones."""
+import errno
 import json
 import os
 import zlib
@@ -26,11 +27,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            settled(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{path} ({getattr(error, 'strerror', None) or error})") from error
+
+
+def settled(path: Path) -> None:
+    """Wait until the disk has the file: else a power cut can leave an empty one under the name that it is given next,
+    and a folder of shards with an empty manifest.json is lost."""
+    with path.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks do not know it
+                raise
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:

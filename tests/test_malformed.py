@@ -129,3 +129,13 @@ def test_any_compressed_entry_of_a_pytorch_file_is_refused(tmp_path):
     assert open_tensors(tmp_path / "x.pt")["x"].shape == (3,)
     with pytest.raises(InputError, match="y.pt: a compressed archive"):
         open_tensors(tmp_path / "y.pt")
+
+
+def test_a_small_file_does_not_fill_memory_with_zeros(tmp_path):
+    """PyTorch, too, makes the bytearray that a pickle asks for, with weights_only."""
+    zeros = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\xff\xff\xff\x0f\x85Rs."  # 256 MiB
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", zeros)
+        archive.writestr("x/version", "3")
+    with pytest.raises(InputError, match="x.pt: not a PyTorch file, or truncated .it asks for a bytearray"):
+        open_tensors(tmp_path / "x.pt")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -120,6 +120,22 @@ def test_replacing_names_the_file(tmp_path):
     with full_disk(100), pytest.raises(WriteError, match=r"x.safetensors \(.*File too large"):
         save_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(1000)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Also where the disk cannot say so; one that says it is full is told."""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda _: done.append(sorted(path.name for path in tmp_path.iterdir())))
+    with replacing(tmp_path / "x") as temporary:
+        temporary.write_text("x")
+    assert done == [["x.tmp"]]
+    for number, left in ((errno.EINVAL, "y"), (errno.ENOSPC, "x")):
+        def fsync(_):
+            raise OSError(number, os.strerror(number))
+        monkeypatch.setattr(os, "fsync", fsync)
+        with suppress(WriteError), replacing(tmp_path / "x") as temporary:
+            temporary.write_text(left)
+        assert (tmp_path / "x").read_text() == "y"
 
 
 @pytest.mark.parametrize("script, flags", [(adm, []), (adp, ["--random-weights"]), (collect_odes, []), (sample, []), (evaluate, [])])
