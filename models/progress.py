@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -74,4 +75,5 @@ def drop_closed_streams() -> None:
 def tell(line: str) -> None:
     """A line on stderr out of a signal's handler: not by print, which may be at work at this moment."""
     drop_closed_streams()
-    os.write(2, ("\n" * sys.stderr.isatty() + line).encode())
+    with suppress(OSError):  # of a full disk, in the middle of an update
+        os.write(2, ("\n" * sys.stderr.isatty() + line).encode())

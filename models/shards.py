@@ -223,15 +223,20 @@ class Pairs:
         for entry in self.shards:
             if most is not None and len(found) >= most:
                 break
-            path = self.folder / entry["file"]
-            try:
-                prompts = parse_json(open_tensors(path)["prompts"].numpy().tobytes())
-                if len(prompts) != entry["count"] or not all(isinstance(prompt, str | None) for prompt in prompts):
-                    raise ValueError
-            except (ValueError, TypeError):
-                raise InputError(damaged(path, "damaged prompts", self.kind)) from None
-            found += prompts
+            found += self.prompts_of(entry, open_tensors(self.folder / entry["file"]))
         return found[:most]
+
+    def prompts_of(self, entry: dict, tensors: Tensors) -> list[str | None]:
+        """Only encoded prompts have None, their unconditional. Raises InputError for damaged prompts."""
+        kinds = str | None if self.kind is KINDS["text"] else str
+        try:
+            prompts = parse_json(tensors["prompts"].numpy().tobytes())
+            if len(prompts) != entry["count"] or not all(isinstance(prompt, kinds) for prompt in prompts):
+                raise ValueError
+            "".join(filter(None, prompts)).encode()  # no halves of a surrogate pair, which no tokenizer takes
+        except (ValueError, TypeError):
+            raise InputError(damaged(tensors.path, "damaged prompts", self.kind)) from None
+        return prompts
 
     def shard(self, k: int) -> Tensors:
         if k not in self.opened:
@@ -243,7 +248,7 @@ class Pairs:
                 self.opened.pop(next(iter(self.opened)))
             self.opened[k] = open_tensors(path)
             if k not in self.prompts:
-                self.prompts[k] = json.loads(self.opened[k]["prompts"].numpy().tobytes())
+                self.prompts[k] = self.prompts_of(self.shards[k], self.opened[k])
         return self.opened[k]
 
     def read(self, indices: list[int]) -> tuple[Tensor | list[str], ...]:

@@ -111,16 +111,27 @@ def test_gradient_of_eq7_without_f_psis_graph(tmp_path, monkeypatch):
     assert every * size == pytest.approx((1 - t).mean().item(), rel=1e-4)
 
 
-def test_dt_is_what_the_two_steps_span(tmp_path, monkeypatch):
-    spans, step = [], adm.ode_step
+def test_dt_is_what_the_two_steps_span_and_D_sees_their_ends(tmp_path, monkeypatch):
+    """With the teacher's network, at the time t - dt that they have reached, not at t, and under their prompt."""
+    spans, steps, asked, step, features = [], [], [], adm.ode_step, Discriminator.features
 
-    def ode_step(F, x_t, t, s, *rest):
+    def ode_step(F, x_t, t, s, c, *rest):
         spans.append((t - s).expand(len(x_t)))
-        return step(F, x_t, t, s, *rest)
+        result = step(F, x_t, t, s, c, *rest)
+        steps.append((F.net, result[0], s, *c))
+        return result
+
+    def spy(D_tau, x, t, c):
+        asked.append((D_tau.F_phi.net, x, t, *c))
+        return features(D_tau, x, t, c)
     monkeypatch.setattr(adm, "ode_step", ode_step)
+    monkeypatch.setattr(Discriminator, "features", spy)
     train(tmp_path / "run", "--max-iter", 1, "--steps", 1, "--dt", 0.25)
     for span in spans[1:]:  # the first is the generator's, from 1 to 0
         torch.testing.assert_close(span, torch.full((4,), 0.25))
+    _, fake, real = steps
+    for (_, *end), (backbone, *seen) in zip((fake, real), asked, strict=True):
+        assert backbone is real[0] is not fake[0] and all(map(torch.equal, end, seen))
     for dt in ("0", "1.5", "nan"):
         assert refusal_of("adm.py", "--out", tmp_path / "no", "--dt", dt).startswith(f"adm.py: --dt {float(dt):g}: expected")
 

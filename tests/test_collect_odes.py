@@ -410,6 +410,20 @@ def test_a_damaged_shard_is_never_read(copy, damage, words):
     assert f"`collect_odes.py --verify --out {copy}`" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("prompt", (None, "\ud83d", ["a"]))
+def test_a_shard_with_prompts_that_are_no_texts(copy, prompt):
+    """Of another tool, in the same layout: known before a tokenizer is asked, in the middle of a run."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    shape = (8, *manifest["latent_shape"])
+    tensors = dict(x_T=torch.zeros(shape), x_0=torch.zeros(shape), w=torch.ones(8))
+    entry = save_shard(copy, "pairs", 0, tensors, [prompt] * 8)
+    write_manifest(copy, manifest | {"shards": [entry, *manifest["shards"][1:]]})
+    pairs = open_pairs(copy, MODEL, SHAPE)
+    for read in (pairs.all_prompts, lambda: pairs.read([0])):
+        with pytest.raises(InputError, match="pairs_00000000-00000007.safetensors: damaged prompts; `collect_odes.py --verify"):
+            read()
+
+
 def test_a_shard_of_another_shape(copy):
     wrong = torch.zeros(8, 1, 2, 2)
     entry = save_shard(copy, "pairs", 0, dict(x_T=wrong, x_0=wrong, w=torch.ones(8)), [""] * 8)

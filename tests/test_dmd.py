@@ -63,11 +63,14 @@ def wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-@pytest.mark.parametrize("model, micro", [("tiny-sd3", 4), ("tiny-sd3", 1), ("tiny-sdxl", 4)])
-def test_one_iteration_by_hand(tmp_path, stubs, model, micro):
-    """Eqs. (2)-(6) with N = 1. Micro-batches of one sample show that Eq. (5)'s norm is each sample's own."""
+@pytest.mark.parametrize("model, micro, offset", [
+    ("tiny-sd3", 4, None), ("tiny-sd3", 1, None), ("tiny-sdxl", 4, None), ("tiny-sd3", 4, 0.5)])
+def test_one_iteration_by_hand(tmp_path, stubs, model, micro, offset):
+    """Eqs. (2)-(6) with N = 1. Micro-batches of one sample show that Eq. (5)'s norm is each sample's own. With an
+    offset the generator is guided too, at each sample's own scale less that (Table 3, w/ CFG)."""
     (F_phi, G_theta, f_psi), row = stubs, PRESETS[model]
     flags = [*RANDOM, "--model", model, "--steps", 1, "--max-iter", 1, "--micro-batch", micro]
+    flags += [] if offset is None else ["--generator-cfg-offset", offset]
     log, = train(tmp_path / "run", *flags, "--lr-psi", 0, "--lr-theta", 0.25, "--cfg", 2, 4)
 
     def draw(name):
@@ -89,15 +92,19 @@ def test_one_iteration_by_hand(tmp_path, stubs, model, micro):
         alpha, sigma = alpha_sigma(row.schedule, t, x_0)
         return alpha * x_0 + sigma * eps
 
+    def prompts(name):  # in G_theta's prediction
+        w = 1 if offset is None else wide(2 + 2 * uniform(0, 1, name, range(4))) - offset
+        return m[:1] + w * (m - m[:1])
+
     # the fake model: Eq. (2) or (3) on the generator's samples
-    x_0, _ = ends(0.5 * draw("z") + m, draw("z"), one)
+    x_0, _ = ends(0.5 * draw("z") + prompts("w_f"), draw("z"), one)
     t_f = time(uniform(0, 1, "t_f", range(4)))
     x_tf = diffuse(x_0, t_f, draw("z_f"))
     prediction = b * x_tf + m
     loss_psi = (prediction - ends(prediction, x_tf, t_f)[1](x_0, draw("z_f"))).square().mean()
     # the generator
     t, w = time(uniform(0, 1, "t", range(4))), wide(2 + 2 * uniform(0, 1, "w", range(4)))
-    x_hat_0, _ = ends(a * draw("z_hat") + m, draw("z_hat"), one)
+    x_hat_0, _ = ends(a * draw("z_hat") + prompts("w"), draw("z_hat"), one)
     with torch.no_grad():
         x_t = diffuse(x_hat_0, t, draw("z_g"))
         fake, _ = ends(0.2 * x_t + m, x_t, t)
@@ -137,10 +144,11 @@ def test_rates_fall_in_the_last_share_of_the_updates(tmp_path, stubs, monkeypatc
     assert rates[::2] == [1e-3, 1e-3, 1e-3, 5e-4] and rates[1::2] == [1e-4, 1e-4, 1e-4, 5e-5]
 
 
-def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stubs):
+@pytest.mark.parametrize("flags", [[], ["--generator-cfg-offset", 0.5]], ids=["plain", "guided"])
+def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stubs, flags):
     _, G_theta, _ = stubs
     N = 4
-    train(tmp_path / "run", *RANDOM, "--steps", N, "--max-iter", 3)
+    train(tmp_path / "run", *RANDOM, "--steps", N, "--max-iter", 3, *flags)
     tn, asked = generator_times(N, SD3.shift), iter(G_theta.asked)
     chosen = [1 + int(N * uniform(0, i, "n", [0])) for i in (1, 2, 3)]
     for n in chosen:
@@ -148,7 +156,7 @@ def test_generator_has_its_gradient_from_one_step_of_its_schedule(tmp_path, stub
         expected = [(k, False) for k in range(N, 0, -1)] + [(k, False) for k in range(N, n, -1)] + [(n, True)]
         for k, grad in expected:
             t, on = next(asked)
-            assert (t == tn[k]).all() and on == grad
+            assert (t == tn[k]).all() and on == grad and len(t) == (8 if flags else 4)  # with and without the prompt
     assert next(asked, None) is None and len(set(chosen)) > 1
 
 

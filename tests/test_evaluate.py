@@ -379,6 +379,9 @@ def test_fvd(tmp_path, capsys, monkeypatch):
     a, b = (torch.stack([y.mean(1), y[:, 0], y[:, -1]], dim=1) for y in (a, b))
     assert row(found, tmp_path / "a") == {"fvd": pytest.approx(frechet_distance(a, b), rel=0.1)}  # H.264
     assert found["variants"] == {"fvd": "i3d_torchscript.pt, crop, 10 frames, real stride 2, 1/(n-1)"}
+    biased = run(tmp_path / "out", *command, "--stride", 2, "--fvd-biased")
+    assert biased["variants"]["fvd"].endswith("real stride 2, 1/n")
+    assert row(biased, tmp_path / "a")["fvd"] < row(found, tmp_path / "a")["fvd"]  # smaller covariances
     assert "short.mp4: 9 frames" in str(found["broken"])
     assert "FVD of 6 videos against 6 real ones" in capsys.readouterr().err
     assert found["paper"]["AVDM2, 2D SDM (paper)"] == {"fvd": 1271.45}

@@ -13,6 +13,9 @@ import pytest
 import sample
 from conftest import ROOT
 
+from models.job.flags import resolve
+from models.parallel import init_distributed
+
 SCRIPTS = {module.__name__: module for module in (adm, adp, avdm2, collect_odes, dmd, sample)}
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_flags.py")
 
@@ -39,6 +42,25 @@ def test_every_flag_is_read_and_has_a_test_that_sets_it(name):
     for flag in flags_of(name):
         assert flag.dest in used, flag.dest
         assert re.search(rf"""["' ]{flag.option_strings[0]}["' ]""", TESTS), flag.option_strings
+
+
+VIDEO = dict(steps=8, cfg=(5, 7), lr_theta=1e-7, lr_psi=1e-6, lr_tau=5e-6, batch_size=8, frames=49, size=(480, 720))
+
+
+@pytest.mark.parametrize("script, model, settings", [  # Secs. 4.2, 5, Apps. B.3-B.5; of AVDM2 Sec. 5.1
+    (adm, "sdxl", dict(steps=1, cfg=(6, 8), lr_theta=1e-7, lr_psi=1e-6, lr_tau=5e-6, batch_size=128, max_iter=8000)),
+    (adp, "sdxl", dict(lr_theta=1e-6, lr_tau=5e-6, batch_size=128, max_iter=8000, lambdas=(0.85, 0.15))),
+    (adm, "sd3-medium", dict(steps=4, cfg=(6, 8), lr_theta=1e-6, lr_psi=1e-6, lr_tau=5e-6, lora_rank=64)),
+    (adm, "sd3.5-large", dict(steps=4, cfg=(3, 4), lr_theta=1e-8, lr_psi=1e-6, lr_tau=5e-6, lora_rank=0, ttur=1)),
+    (adm, "cogvideox-2b", VIDEO), (adm, "cogvideox-5b", VIDEO),
+    (avdm2, "animatediff", dict(steps=4, lr_theta=4e-6, lr_motion=2e-5, lr_psi=2e-5, lr_tau=2e-5, warmup=500, ttur=2,
+                                frames=16, stride=4, size=(512, 512), batch_size=16, micro_batch=2)),
+], ids=lambda value: getattr(value, "__name__", value) if not isinstance(value, dict) else "")
+def test_without_flags_the_settings_are_the_papers(script, model, settings):
+    init_distributed()
+    args = script.parse_args(["--model", model])
+    resolve(args, adp=script is adp)
+    assert {name: getattr(args, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

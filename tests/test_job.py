@@ -8,6 +8,7 @@ import sys
 import threading
 from functools import partial
 from http.server import ThreadingHTTPServer
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tqdm import tqdm
 import adm
 import sample
 from models.job import job as job_module
+from models.job import networks
 from models.checkpoint import InputError, open_tensors, save_safetensors
 from models.data import noise, uniform
 from models.diffusion import Denoiser, solve, teacher_times
@@ -506,15 +508,98 @@ def test_diagnostics_by_hand():
     assert log.record["grad_x_0"] == [pytest.approx(3.5), pytest.approx(5.0), None, pytest.approx(2.0)]
 
 
+def idle_job(out, *flags):
+    """A job that has started and has nothing to train."""
+    _, mesh = init_distributed()
+    args = adm.parse_args(["--random-weights", "--out", str(out), *map(str, flags)])
+    job = job_module.Job("adm", args, resolve(args), mesh, torch.device("cpu"))
+    job.start()
+    return job
+
+
+def test_states_are_saved_every_so_many_updates_and_at_the_end(tmp_path, monkeypatch):
+    """Once each, although --ttur has passes without an update."""
+    saved = []
+    monkeypatch.setattr(job_module, "save_state", lambda folder, iteration, roles, progress: saved.append(
+        (iteration, progress["gen_iter"])))
+    job = idle_job(tmp_path / "run", "--max-iter", 5, "--save-every", 2, "--ttur", 3)
+    for i in range(1, 16):
+        job.end(job.begin(i), i // 3)
+    assert saved == [(6, 2), (12, 4), (15, 5)]
+
+
+def test_a_profile_leaves_the_first_update_out(tmp_path, monkeypatch, capsys):
+    """It loads kernels and fills caches. Here it takes 100 s, the others 2 and 4."""
+    now = [0.0]
+    monkeypatch.setattr(job_module.time, "perf_counter", lambda: now[0])
+    job = idle_job(tmp_path / "run", "--profile", 3)
+    for i, seconds in enumerate((100, 2, 4), 1):
+        log = job.begin(i)
+        now[0] += seconds
+        job.phase("generator")
+        job.end(log, i)
+    job.finish(None, None, None)
+    assert f"{'generator':14} {3:8.3f} s/it\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, told", [([], False), (["--lora-rank", 4], True), (["--lora-rank", 4, "--lr-theta", 0.5], False)])
+def test_a_rate_that_the_preset_has_for_the_other_kind_of_weights(tmp_path, capsys, flags, told):
+    """The paper's are 1e-6 for SD3-Medium's adapter and 1e-8 for all of SD3.5-Large."""
+    idle_job(tmp_path / "run", *flags)
+    assert ROW.lora_rank == 0 and ("is the preset's for --lora-rank 0, not for 4\n" in capsys.readouterr().out) == told
+
+
+def test_a_resumed_run_counts_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "resume", lambda *args: dict(gen_iter=3, global_iter=7, skipped=2))
+    job = idle_job(tmp_path / "run", "--resume")
+    assert (job.gen_iter, job.global_iter, job.skipped) == (3, 7, 2)
+
+
+def test_a_guided_generator_is_guided_wherever_it_is_looked_at(tmp_path, monkeypatch):
+    """At the middle of --cfg less the offset; the teacher at its own scale. And as often as the flags say."""
+    asked = []
+
+    def sample(job, F, prompts, tn, cfg=None):
+        asked.append((job.gen_iter, F, cfg))
+        return torch.zeros(len(prompts), 3, *ROW.size, dtype=torch.uint8)
+    monkeypatch.setattr(job_module.Job, "sample", sample)
+    monkeypatch.setattr("models.eval.metrics.quick_scores", lambda *args, **named: {})
+    job = idle_job(tmp_path / "run", "--cfg", 2, 4, "--generator-cfg-offset", 0.5, "--sample-every", 2, "--evaluate", 2,
+                   "--evaluate-every", 3)
+    job.text, tn = object(), torch.tensor([0.0, 1.0])
+    for job.gen_iter in range(1, 5):
+        job.look("G", tn)
+    job.compare("F", "G", tn)
+    w = ROW.teacher_cfg
+    assert asked == [(2, "G", 2.5), (3, "G", 2.5), (4, "G", 2.5), (4, "F", w), (4, "F", w), (4, "G", 2.5)]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["00000002.png", "00000004.png"]
+    assert [row["gen_iter"] for row in map(json.loads, (tmp_path / "run" / "evaluation.jsonl").open())] == [3]
+
+
+def test_a_signal_that_another_rank_got_ends_this_one_too(tmp_path, monkeypatch):
+    """Alone it would wait for the others in the next collective."""
+    saved = []
+    monkeypatch.setattr(job_module, "save_state", lambda *args: saved.append(args))
+    monkeypatch.setattr(job_module, "any_rank", lambda flag: True)
+    job = idle_job(tmp_path / "run")
+    assert job.end(job.begin(1), 0) and len(saved) == 1
+
+
+def test_ten_bad_iterations_that_do_not_follow_one_another_end_no_run(tmp_path):
+    job = idle_job(tmp_path / "run")
+    for i in range(1, 31):
+        log = job.begin(i)
+        log.record["loss_psi"] = float("nan") if i % 10 else 1.0
+        job.end(log, i)
+    assert job.skipped == 27
+
+
 def test_health_is_printed_every_100_updates(tmp_path, monkeypatch):
     """Job.end on a log of fixed values; the bar keeps the line apart from itself."""
     lines = []
     monkeypatch.setattr(tqdm, "write", lambda self, line: lines.append(line))
     monkeypatch.setattr(job_module, "save_state", lambda *args: None)
-    _, mesh = init_distributed()
-    args = adm.parse_args(["--random-weights", "--out", str(tmp_path / "run"), "--max-iter", "250"])
-    job = job_module.Job("adm", args, resolve(args), mesh, torch.device("cpu"))
-    job.start()
+    job = idle_job(tmp_path / "run", "--max-iter", 250)
     for i in range(1, 251):
         log = job.begin(i)
         for role in ("psi", "theta", "tau"):
@@ -551,11 +636,43 @@ def test_another_size_has_no_exact_figures_but_pictures(tmp_path):
     assert (tmp_path / "run" / "compare.png").exists() and not (tmp_path / "run" / "comparison.json").exists()
 
 
+@pytest.mark.parametrize("trainable, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_precision_of_a_network(trainable, dtype):
+    """All compute in bf16. What is trained is kept in float32: at rates of 1e-7 weights in bf16 would not move."""
+    device, mesh = init_distributed()
+    args = adm.parse_args(["--precision", "bf16"])
+    net = load_network(args, resolve(args), mesh, device, trainable)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    c = torch.randn(1, 16, 128), torch.randn(1, 128)
+    assert net(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), c).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("flags, dtype", [([], torch.float32), (["--vae-precision", "bf16"], torch.bfloat16)])
 def test_precision_of_the_vae(flags, dtype):
     device, _ = init_distributed()
     args = adm.parse_args(flags)
     assert {p.dtype for p in load_vae(args, resolve(args), device).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("flags, offload, keep", [([], False, False), (["--offload"], True, False), (["--no-reshard"], False, True)],
+                         ids=["default", "offload", "no-reshard"])
+def test_flags_of_memory_reach_every_network(monkeypatch, flags, offload, keep):
+    """One process on CPUs computes the same without them."""
+    told, arguments = [], signature(shard)
+
+    def record(*given):
+        bound = arguments.bind(*given)
+        bound.apply_defaults()
+        told.append(tuple(bound.arguments[name] for name in ("offload", "keep", "checkpointing")))
+        return shard(*given)
+    monkeypatch.setattr(networks, "shard", record)
+    device, mesh = init_distributed()
+    args = adm.parse_args(flags)
+    args.no_checkpointing = False  # which the preset leaves out
+    preset = resolve(args)
+    F_phi = Denoiser(load_network(args, preset, mesh, device), preset.predicts, preset.schedule)
+    load_text(args, preset, mesh, device), networks.new_discriminator(args, preset, F_phi, mesh, device)
+    assert told == [(offload, keep, True), (offload, False, False), (offload, False, True)]
 
 
 @pytest.mark.parametrize("flag", ["--compile", "--offload-activations"])

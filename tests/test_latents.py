@@ -39,20 +39,20 @@ def contents(folder):
 
 
 def test_latents_are_live_encodings(folder, vae, tmp_path):
-    clips, out = Clips(folder, size=(8, 8), frames=9, stride=2), tmp_path / "a"
+    clips, out = Clips(folder, size=(8, 16), frames=9, stride=2), tmp_path / "a"
     encode = partial(latents.encode_clips, vae, model="m", folder=out, count=9, shard_size=4)
     encode(clips)
-    cache = open_pairs(out, "m", (9, 4, 4, 4), "latents")
+    cache = open_pairs(out, "m", (9, 4, 4, 8), "latents")
     for i in range(9):  # row 4 is bad, and from 5 on the rows come again
         (x_0, captions), (clip, texts) = cache.read([i]), clips.read(0, [i], [i % 5])
-        live = vae.encode(clip[0], noise((9, 4, 4, 4), 0, 0, "posterior", [i])[0])
+        live = vae.encode(clip[0], noise((9, 4, 4, 8), 0, 0, "posterior", [i])[0])
         assert captions == texts
         torch.testing.assert_close(x_0[0], live, rtol=4e-3, atol=0)  # bf16 rounds to half of 2^-7
         assert (live - vae.encode(clip[0])).std() > 0.1  # a sample, not the mean
     before, name = contents(out), "latents_00000004-00000007.safetensors"
     encode(clips)
     assert contents(out) == before
-    assert "stride 3 (was 2)" in says(encode, Clips(folder, size=(8, 8), frames=9, stride=3))
+    assert "stride 3 (was 2)" in says(encode, Clips(folder, size=(8, 16), frames=9, stride=3))
     assert "of latents; expected a folder of ODE pairs" in says(open_pairs, out, "m", ())
     verify = partial(latents.main, latents.parse_args(["--verify", "--out", str(out)]))
     verify()
@@ -78,6 +78,15 @@ def test_latents_stopped_before_each_write(folder, vae, tmp_path, monkeypatch, w
     encode(folder=tmp_path / "a")
     encode(folder=tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 4  # the lock too
+
+
+def test_latents_that_are_not_finite_are_not_written(folder, vae, tmp_path, monkeypatch):
+    """SDXL's own VAE overflows in fp16."""
+    monkeypatch.setattr(vae, "encode", lambda clip, eps: torch.full_like(eps, torch.inf))
+    clips = Clips(folder, size=(8, 8), frames=9, stride=2)
+    message = says(latents.encode_clips, vae, clips, "m", tmp_path / "a", 2, 2)
+    assert "the VAE gives latents of clip 0 that are not finite" in message
+    assert not list((tmp_path / "a").glob("latents_*"))
 
 
 @pytest.mark.parametrize("model", ["tiny-sd3", "tiny-cogvideox"])

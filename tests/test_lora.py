@@ -21,6 +21,7 @@ from models.diffusers_names import MMDIT, mmdit_to_diffusers
 from models.lora import (
     add_lora,
     init_lora,
+    load_lora,
     lora_layers,
     lora_state,
     merge_lora,
@@ -152,6 +153,10 @@ def test_written_file_is_the_adapter(path, save, alpha, targets, tmp_path):
     merge_lora(merged, read_lora(tensors, merged, MMDIT))
     assert (with_adapter - velocity(net, path)).abs().max() > 0.01  # the adapter does something
     torch.testing.assert_close(velocity(merged, path), with_adapter, atol=1e-4, rtol=0)
+    loaded = base(path)
+    add_lora(loaded, MMDIT, "generator", rank, targets=targets)  # whose alpha, the rank, may be another than the file's
+    load_lora(loaded, MMDIT, "generator", tensors)
+    torch.testing.assert_close(velocity(loaded, path, "generator"), with_adapter, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("path", EXPECTED)

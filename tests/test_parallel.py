@@ -1,6 +1,7 @@
 """Real processes (torchrun, gloo): any cut of the batch is one run; a killed run continues where it was."""
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,13 +11,28 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import GOLDEN, ROOT, rows, states_saved
 from safetensors.torch import load_file
 from test_videos import table
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
+import adm
+from models import parallel
 from models.checkpoint import open_tensors
-from models.parallel import adamw, init_distributed, set_trainable, settle, shard, update
+from models.job.flags import resolve
+from models.job.job import Job
+from models.parallel import (
+    adamw,
+    init_distributed,
+    materialise,
+    set_trainable,
+    settle,
+    shard,
+    share_of_rank,
+    update,
+)
 
 # Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that where that is
 # 0 but for rounding two runs end up to two rates apart, and their next figures with them.
@@ -85,7 +101,7 @@ def torchrun(folder, jobs) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of the runs NAME-one of one process, those of RUNS as NAME-CUT, and likewise of ODE pairs;
+    """Folder of the runs NAME-one of one process, those of RUNS as NAME-CUT, and likewise of ODE pairs and latents;
     fake-lora-more is fake-lora-one, continued by two; output.txt is what the ranks print."""
     out = tmp_path_factory.mktemp("runs")
     call("collect_odes", ["--model", "tiny-sdxl", "--steps", 2, "--count", 8, "--out", out / "pairs"])
@@ -93,6 +109,9 @@ def runs(tmp_path_factory):
     jobs = [("sharded_load", [out / "net.safetensors"]),
             ("collect_odes", [*ODES, "--batch", 3, "--out", out / "odes-two"])]
     table(out, [(name, "a red circle") for name in ("audio_only.mp4", "plain.mp4", "vfr.mp4")], name="clips.csv")
+    latents = ["--model", "tiny-animatediff", "--videos", GOLDEN / "clips", "--prompts", out / "clips.csv"]
+    call("models.job.latents", [*latents, "--shard-size", 1, "--out", out / "latents-one"])
+    jobs.append(("models.job.latents", [*latents, "--shard-size", 1, "--out", out / "latents-two"]))
     for name in NAMES:
         script, flags = flags_of(name, out / "pairs")
         call(script, [*flags, "--out", out / f"{name}-one"], [SAVED.get(name, 1)])
@@ -176,6 +195,35 @@ def test_two_ranks_collect_the_pairs_of_one(runs):
             torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-5 if name == "x_0" else 0)
 
 
+def test_two_ranks_encode_the_latents_of_one(runs):
+    """Three shards: in the second round one rank has none."""
+    one, two = ({path.name: path.read_bytes() for path in (runs / f"latents-{ranks}").iterdir() if path.name != "lock"}
+                for ranks in ("one", "two"))
+    assert one == two and len(one) == 3 + 1  # and the manifest
+
+
+@pytest.mark.parametrize("count, world, sequence, shares", [
+    (4, 2, 1, [[0, 1], [2, 3]]), (5, 2, 1, [[0, 1, 2], [3, 4, 4]]), (3, 4, 2, [[0, 1]] * 2 + [[2, 2]] * 2)])
+def test_ranks_share_samples_in_order_and_have_equally_many(monkeypatch, count, world, sequence, shares):
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        assert share_of_rank(count, sequence) == share
+
+
+def test_groups_of_ranks_cut_the_batch(tmp_path, monkeypatch):
+    """Four ranks, of which two share each video's tokens: both have its index. An accumulation step goes round all."""
+    init_distributed()
+    flags = ["--model", "tiny-cogvideox", "--random-weights", "--sequence-parallel", 2, "--batch-size", 8,
+             "--micro-batch", 2, "--out", tmp_path / "run"]
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    for rank, parts in enumerate([[[0, 1], [4, 5]]] * 2 + [[[2, 3], [6, 7]]] * 2):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        args = adm.parse_args(list(map(str, flags)))
+        assert Job("adm", args, resolve(args), None, torch.device("cpu")).micro_batches == parts
+        assert args.context_parallel == 2  # by default they share the decoding too
+
+
 def test_adamw_without_first_moment_is_adamw_bit_for_bit():
     """At beta_1 = 0 the moment is the gradient; a parameter without gradient stays."""
     init_distributed()
@@ -194,6 +242,26 @@ def test_adamw_without_first_moment_is_adamw_bit_for_bit():
         assert all(state.keys() == {"step", "exp_avg_sq"} for state in ours.state.values())
 
 
+@pytest.mark.parametrize("loss, grad", [(math.inf, 1.0), (1.0, math.nan)])
+def test_an_update_that_is_not_finite_is_skipped_and_leaves_no_gradient(loss, grad):
+    init_distributed()
+    p = nn.Parameter(torch.ones(2))
+    opt = adamw(({"p": p}, 0.1))
+    p.grad = torch.tensor([1.0, grad])
+    update(opt, torch.tensor(loss))
+    assert torch.equal(p.detach(), torch.ones(2)) and p.grad is None and opt.state[p]["step"] == 0
+
+
+def test_the_rate_is_a_share_of_the_first_one():
+    init_distributed()
+    p = nn.Parameter(torch.ones(()))
+    opt = adamw(({"p": p}, 0.1))
+    for _ in range(2):
+        p.grad = torch.ones(())
+        update(opt, torch.zeros(()), rate=0.5)
+    assert p.item() == pytest.approx(1 - 2 * 0.05)
+
+
 class Line(nn.Linear):
     def blocks(self):
         return []
@@ -203,6 +271,7 @@ def test_gathered_weights_follow_what_is_frozen_and_what_is_stepped():
     """--no-reshard: a forward without gradient comes before the change of requires_grad, and before a step."""
     _, mesh = init_distributed()
     net = shard(Line(3, 1, bias=False).requires_grad_(False), mesh, torch.float32, offload=True, keep=True)
+    assert isinstance(net, FSDPModule)  # also of one process, where there is something to offload
     settle(net)
     params, x, found = dict(net.named_parameters()), torch.ones(1, 3), []
     opt = adamw((params, 0.1))
@@ -218,6 +287,36 @@ def test_gathered_weights_follow_what_is_frozen_and_what_is_stepped():
     first, second = found
     assert first - second == pytest.approx(0.3)  # three weights, each by the rate
     assert second - net(x).item() == pytest.approx(0.3)
+
+
+def test_what_is_frozen_at_the_first_forward_still_gets_its_gradient_in_float32():
+    """FSDP decides at its first forward, of f_psi one without gradient, in which type it reduces."""
+    device, mesh = init_distributed()
+    with torch.device("meta"):
+        net = Line(3, 1, bias=False)
+    materialise(shard(net, mesh, torch.bfloat16), device)
+    nn.init.ones_(net.weight)
+    params, x = dict(net.named_parameters()), torch.ones(1, 3, dtype=torch.bfloat16)
+    set_trainable(params, False)
+    with torch.no_grad():
+        net(x)
+    set_trainable(params, True)
+    net(x).sum().backward()
+    assert net.weight.grad.dtype == torch.float32 and net.weight.grad.full_tensor().tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("flag", [None, "offload", "keep"])
+def test_what_fsdp_is_told(monkeypatch, flag):
+    """No run on CPUs shows it: gradients of bf16 are summed over ranks in float32, and t is not rounded to bf16."""
+    told = []
+    monkeypatch.setattr(parallel, "fully_shard", lambda net, **options: told.append(options))
+    monkeypatch.setattr(parallel, "GATHERED", set())
+    _, mesh = init_distributed()
+    shard(Line(3, 1), mesh, torch.bfloat16, **{flag: True} if flag else {})
+    options, = told
+    assert options["mp_policy"] == MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    assert isinstance(options["offload_policy"], CPUOffloadPolicy) == (flag == "offload")
+    assert options["reshard_after_forward"] == (flag != "keep")
 
 
 # ---- continued ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from models.shards import fingerprint
 
 ROW = PRESETS["tiny-sd3"]
 DENOISER = "model.diffusion_model."
-N = ROW.steps + 1  # of the runs below: not the preset's, so that it must come from the run
+N, SHIFT = ROW.steps + 1, 2.0  # of the runs below: not the preset's, so that they must come from the run
 
 
 def pictures(out, *flags):
@@ -35,9 +35,9 @@ def difference(a, b) -> int:
 
 def train(out, *flags, states=()):
     """One update at a large rate, so that the student is no longer the teacher."""
-    short = ["--max-iter", 1, "--batch-size", 2, "--evaluate", 0, "--sample-every", 1]
+    short = ["--max-iter", 1, "--batch-size", 2, "--evaluate", 0, "--sample-every", 1, "--steps", N, "--shift", SHIFT]
     with states_saved(*states):
-        adm.main(adm.parse_args(list(map(str, [*short, "--steps", N, "--lr-theta", 0.01, "--out", out, *flags]))))
+        adm.main(adm.parse_args(list(map(str, [*short, "--lr-theta", 0.01, "--out", out, *flags]))))
     return out
 
 
@@ -130,9 +130,9 @@ def test_a_teacher_is_sampled_as_a_teacher(monkeypatch, tmp_path):
 
 def test_a_run_is_sampled_with_its_own_steps_and_no_guidance(monkeypatch, tmp_path, finished):
     tn, cfg = settings(monkeypatch, tmp_path, "--ckpt", finished)
-    assert torch.equal(tn, generator_times(N, ROW.shift)) and cfg is None
+    assert torch.equal(tn, generator_times(N, SHIFT)) and cfg is None
     tn, cfg = settings(monkeypatch, tmp_path, "--ckpt", finished, "--steps", 4, "--cfg", 2)
-    assert torch.equal(tn, generator_times(4, ROW.shift)) and cfg == 2
+    assert torch.equal(tn, generator_times(4, SHIFT)) and cfg == 2
 
 
 def test_other_students(monkeypatch, tmp_path):

@@ -14,8 +14,11 @@ from conftest import ROOT
 from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing import start_processes
 
+from collect_odes import solve_shard
 from models.checkpoint import InputError
 from models.cogvideox import CogVideoX
+from models.diffusion import Denoiser
+from models.job.sampling import generate
 from models.parallel import init_distributed, neighbours, shard
 from models.sequence import sequence_parallel
 
@@ -51,11 +54,25 @@ def same(actual, expected, name):
     torch.testing.assert_close(actual, expected, atol=5e-5, rtol=5e-5, msg=lambda m: f"{name}: {m}")
 
 
+def samples_come_in_order(ranks):
+    """Pictures of `generate` and latents of `solve_shard`, of which each group of ranks makes its share: for any noise
+    the number in the prompt."""
+    numbers, tn = ["-1", "0.5", "1"], torch.tensor([0.0, 1.0])
+    F = Denoiser(lambda x, t, c, lora=(): x - c[0][:, :, None, None])
+    text = SimpleNamespace(encode=lambda prompts: (torch.tensor([[float(number)] for number in prompts]),))
+    images = generate(F, text, SimpleNamespace(decode=lambda x: x), numbers, tn, (1, 1, 1), 0, batch=1, sequence=ranks)
+    assert images.flatten().tolist() == [0, 191, 255]
+    x_T, w, progress = torch.randn(3, 1, 1, 1), torch.ones(3), SimpleNamespace(n=0, update=lambda n: None)
+    x_0 = solve_shard(F, text, (torch.zeros(1, 1),), tn, x_T, w, numbers, 1, torch.float32, progress, ranks)
+    assert x_0 is None if dist.get_rank() else x_0.flatten().tolist() == pytest.approx([-1, 0.5, 1])
+
+
 def rank(i, world, ranks, port):
     """Process i of `world`: groups of `ranks` share the tokens of their samples, the groups the batch."""
     os.environ.update(RANK=str(i), WORLD_SIZE=str(world), LOCAL_RANK=str(i), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
     _, mesh = init_distributed()
+    samples_come_in_order(ranks)
     samples = BATCH * ranks // world
     own = slice(i // ranks * samples, (i // ranks + 1) * samples)
     for (rotary, S, latent), checkpointing in product(CASES, (False, True)):

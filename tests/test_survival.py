@@ -244,6 +244,8 @@ def test_a_log_on_a_full_disk_costs_no_updates(tmp_path):
     with open("/dev/full", "w") as full:
         assert subprocess.run(list(map(str, command)), stdout=full, stderr=full, timeout=120).returncode == 0
         assert subprocess.run([sys.executable, ROOT / "adm.py", "--steps", "0"], stderr=full, timeout=60).returncode == 2
+        signalled = "from models.progress import tell; tell('SIGTERM: finishing this update')"
+        assert subprocess.run([sys.executable, "-c", signalled], cwd=ROOT, stderr=full, timeout=60).returncode == 0
     assert (tmp_path / "run" / "generator.safetensors").exists()
 
 

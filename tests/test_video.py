@@ -204,7 +204,7 @@ def test_sample_writes_the_runs_own_videos(finished, tmp_path):
     assert names == ["000.mp4", "001.mp4", "002.mp4", "grid.mp4", "grid.png"]
     with av.open(tmp_path / "000.mp4") as file:
         note = json.loads(file.metadata["comment"])
-        assert len(list(file.decode(video=0))) == 9
+        assert len(list(file.decode(video=0))) == 9 and file.streams.video[0].average_rate == 8  # frames a second
     assert note["prompt"] == ROW.sample_prompts[0] and note["steps"] == "2" and note["cfg"] == "1"
     assert Image.open(tmp_path / "grid.png").size == (6 * 128, 3 * 128)  # six frames of each
 

@@ -20,6 +20,7 @@ from models.job.families import FAMILIES
 from models.job.flags import resolve_model
 from models.lora import merge_lora, read_lora
 from models.parallel import init_distributed
+from models.pictures import read_text
 from models.presets import PRESETS
 from models.wan import Wan, config_from_shapes
 
@@ -295,3 +296,4 @@ def test_an_export_of_all_weights_is_the_originals_layout(release, tmp_path):
     assert exported.metadata["dmdx.schedule"] == "wan" and exported.metadata["dmdx.null_prompt"] == "empty"
     assert exported.metadata["dmdx.shift"] == "3.0"
     run(sample, "--ckpt", out, "--prompt", "a fox", "--out", tmp_path / "samples")
+    assert read_text(tmp_path / "samples" / "000.mp4")["null_prompt"] == "empty"  # as it was trained
