@@ -242,6 +242,7 @@ def main(args):
     if args.vbench_results and len(args.images) > 1:
         raise InputError("--vbench-results are those of one set of videos; expected one folder of --images")
     prompts = prompt_sets.prompt_set(args.prompts) if args.prompts is not None else None
+    unfinished = {path.resolve() for path in args.images if (path / "lock").exists()}
     hold(args.out)
     folders, problems, variants = [], [], {}
     elsewhere = args.metrics == ["vbench"] and args.vbench_results  # no need of the videos
@@ -250,7 +251,7 @@ def main(args):
         try:
             folder.items = [] if elsewhere else metrics.read_items(path, prompts, folder.broken)
             folder.notes += metrics.doubts(path, folder.items, prompts)
-            if (path / "lock").exists() and path.resolve() != args.out.resolve():
+            if path.resolve() in unfinished:
                 folder.notes.append("sample.py is at work there or was stopped before its end: samples may be missing")
             folders.append(folder)
         except InputError as error:
@@ -270,6 +271,8 @@ def main(args):
                 problems.append(f"{metric}: {error}")
         measure = None  # one metric's networks at a time in memory
     report(args, folders, variants)
+    if args.out.resolve() not in unfinished:  # a lock would say that of a folder of samples
+        (args.out / "lock").unlink(missing_ok=True)
     if problems:
         raise InputError("\nevaluate.py: ".join(problems))
 
@@ -282,8 +285,7 @@ def report(args, folders: list[Folder], variants: dict[str, str]) -> None:
         return
     paper = metrics.paper_rows({item.model for folder in folders for item in folder.items}, list(variants))
     counts = {folder.path: sum(str(item.path) not in broken for item in folder.items) for folder in folders}
-    rows = {f"{folder.path}, {counts[folder.path]} samples": folder.figures
-            for folder in folders if folder.figures}
+    rows = {f"{folder.path}, {counts[folder.path]} samples": folder.figures for folder in folders if folder.figures}
     text = metrics.table(paper | rows, variants)
     results = dict(rows={str(folder.path): folder.figures for folder in folders}, variants=variants,
                    paper=paper, samples={str(path): count for path, count in counts.items()}, broken=broken,

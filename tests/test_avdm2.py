@@ -544,6 +544,13 @@ def test_drawn_clips_show_their_captions(tmp_path):
     assert not torch.equal(part, mean)  # a sample of the posterior
 
 
+def test_clips_of_a_vae_in_half_precision_are_diffused_in_float32(tmp_path):
+    """As generated ones are: D would tell real from fake by their rounding."""
+    job, real, _ = open_job(tmp_path / "run", "--vae-precision", "bf16")
+    job.begin(1)
+    assert real([0, 1])[0].dtype == torch.float32
+
+
 def test_latents_are_the_videos_as_they_are_encoded_live(tmp_path, capsys, monkeypatch):
     table(tmp_path, [("plain.mp4", "a red circle moving left")])
     source = ["--videos", VIDEOS, "--prompts", tmp_path / "t.csv"]

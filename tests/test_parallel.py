@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import GOLDEN, ROOT, rows, states_saved
+from PIL import Image
 from safetensors.torch import load_file
 from test_videos import table
 from torch import nn
@@ -25,6 +27,7 @@ from models.job.flags import resolve
 from models.job.job import Job
 from models.parallel import (
     adamw,
+    count_stuck,
     init_distributed,
     materialise,
     set_trainable,
@@ -43,6 +46,7 @@ MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4],
 CUTS = {"two": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1],
         "replicated": ["--shard-ranks", 1], "sequence": ["--sequence-parallel", 2],
         "all": ["--offload", "--micro-batch", 1, "--shard-ranks", 1], "gathered": ["--no-reshard"]}
+LOOK = ["--sample-every", 1, "--evaluate-every", 1, "--evaluate", 3]
 ODES = ["--model", "tiny-sd3", "--steps", 2, "--dtype", "fp32", "--shard-size", 8, "--count", 28]
 
 # (run, cut): the runs of one launch of torchrun. `lora` is half `full`, half `fake-lora`, and has all cuts at once.
@@ -68,7 +72,7 @@ def flags_of(name, pairs) -> tuple[str, list]:
     if name == "avdm2":  # some of whose videos are bad
         clips = ["--videos", GOLDEN / "clips", "--prompts", pairs.parent / "clips.csv", "--frames", 3]
         return "avdm2", [*TRAIN, *RATES, *clips, "--lr-motion", 1e-5, "--frames-sdm", 2]
-    return "dmd", [*TRAIN, "--steps", 2, "--lr-theta", 1e-5, "--lr-psi", 1e-5]
+    return "dmd", [*TRAIN, "--steps", 2, "--lr-theta", 1e-5, "--lr-psi", 1e-5, *LOOK]
 
 
 def call(script, flags, states=()):
@@ -195,6 +199,16 @@ def test_two_ranks_collect_the_pairs_of_one(runs):
             torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-5 if name == "x_0" else 0)
 
 
+def test_two_ranks_look_at_the_samples_of_one(runs):
+    """Three, of which the second rank makes one: while the generator is trained, and beside the teacher's."""
+    one, two = runs / "dmd-one", runs / "dmd-two"
+    for name in ("samples/00000001.png", "samples/00000002.png", "compare.png"):
+        a, b = (np.asarray(Image.open(run / name)).astype(int) for run in (one, two))
+        assert np.abs(a - b).max() <= 1, name  # the next grey level
+    for name in ("evaluation.jsonl", "comparison.json"):
+        assert (one / name).read_text().count("accuracy") == (two / name).read_text().count("accuracy") > 1
+
+
 def test_two_ranks_encode_the_latents_of_one(runs):
     """Three shards: in the second round one rank has none."""
     one, two = ({path.name: path.read_bytes() for path in (runs / f"latents-{ranks}").iterdir() if path.name != "lock"}
@@ -222,6 +236,12 @@ def test_groups_of_ranks_cut_the_batch(tmp_path, monkeypatch):
         args = adm.parse_args(list(map(str, flags)))
         assert Job("adm", args, resolve(args), None, torch.device("cpu")).micro_batches == parts
         assert args.context_parallel == 2  # by default they share the decoding too
+
+
+def test_weights_that_a_step_would_not_move_are_counted_once(monkeypatch):
+    """Two ranks with a copy each, under HSDP. 1e-8 is less than half of a step of float32 at 0.5 and at 1."""
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(2))
+    assert count_stuck([nn.Parameter(torch.tensor([1.0, 0.5, 1e-8]))], 1e-8) == (2, 3)
 
 
 def test_adamw_without_first_moment_is_adamw_bit_for_bit():

@@ -18,7 +18,7 @@ from collect_odes import solve_shard
 from models.checkpoint import InputError
 from models.cogvideox import CogVideoX
 from models.diffusion import Denoiser
-from models.job.sampling import generate
+from models.job.sampling import NotFinite, generate
 from models.parallel import init_distributed, neighbours, shard
 from models.sequence import sequence_parallel
 
@@ -62,6 +62,8 @@ def samples_come_in_order(ranks):
     text = SimpleNamespace(encode=lambda prompts: (torch.tensor([[float(number)] for number in prompts]),))
     images = generate(F, text, SimpleNamespace(decode=lambda x: x), numbers, tn, (1, 1, 1), 0, batch=1, sequence=ranks)
     assert images.flatten().tolist() == [0, 191, 255]
+    with pytest.raises(NotFinite):  # on all ranks, which would otherwise wait for the one that has made the last
+        generate(F, text, SimpleNamespace(decode=lambda x: x), ["0", "0", "nan"], tn, (1, 1, 1), 0, sequence=ranks)
     x_T, w, progress = torch.randn(3, 1, 1, 1), torch.ones(3), SimpleNamespace(n=0, update=lambda n: None)
     x_0 = solve_shard(F, text, (torch.zeros(1, 1),), tn, x_T, w, numbers, 1, torch.float32, progress, ranks)
     assert x_0 is None if dist.get_rank() else x_0.flatten().tolist() == pytest.approx([-1, 0.5, 1])
