@@ -228,7 +228,7 @@ class Pairs:
 
     def prompts_of(self, entry: dict, tensors: Tensors) -> list[str | None]:
         """Only encoded prompts have None, their unconditional. Raises InputError for damaged prompts."""
-        kinds = str | None if self.kind is KINDS["text"] else str
+        kinds = str | None if kind_of(self.manifest) == "text" else str
         try:
             prompts = parse_json(tensors["prompts"].numpy().tobytes())
             if len(prompts) != entry["count"] or not all(isinstance(prompt, kinds) for prompt in prompts):

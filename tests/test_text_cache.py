@@ -1,5 +1,6 @@
 """--cache-text: the same bits as with the encoders, which are loaded only for prompts that are new."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_two_ranks_write_the_same_shards(cached, prompts, tmp_path):
     flags = [*map(str, SMALL), "--prompts", str(prompts), "--cache-text", str(tmp_path / "text"), "--out",
              str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", tmp_path / "two.py",
-                           *flags], env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+                           *flags], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     one, two = (read_manifest(folder, "text")["shards"] for folder in (cached[0], tmp_path / "text"))

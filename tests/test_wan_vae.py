@@ -66,8 +66,8 @@ def test_gradients(reference):
     video, latents = g["in/video"][:, :5].clone().requires_grad_(), g["in/latents"][:, :2].clone().requires_grad_()
     (vae.encode(video) * g["grad/enc5.probe"]).sum().backward()
     (vae.decode(latents) * g["grad/dec2.probe"]).sum().backward()
-    near(video.grad, g["grad/enc5.in.video"])
-    near(latents.grad, g["grad/dec2.in.latents"])
+    near(video.grad, g["grad/enc5.in.video"], atol=1e-3)  # WAN.md; they reach 8, and kernels differ by 1e-4
+    near(latents.grad, g["grad/dec2.in.latents"], atol=1e-3)
 
 
 def test_a_part_needs_memory_of_its_own_size_alone(reference):

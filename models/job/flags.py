@@ -122,9 +122,9 @@ def check_numbers(args: argparse.Namespace) -> None:
 def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     """`resolve_model` and the batch of a training run; `adp` takes the preset's values for the pre-training.
     Raises InputError for what cannot be cut evenly."""
-    if args.random_weights and args.ckpt:
-        raise InputError(f"--random-weights --ckpt {args.ckpt}: expected one of the two")
     preset = resolve_model(args)
+    if args.random_weights and args.ckpt != preset.ckpt:
+        raise InputError(f"--random-weights --ckpt {args.ckpt}: expected one of the two")
     if adp:
         preset = preset._replace(lr_theta=preset.adp_lr_theta, lr_tau=preset.adp_lr_tau,
                                  max_iter=preset.adp_max_iter, lora_rank=0)
@@ -154,10 +154,11 @@ def resolve(args: argparse.Namespace, adp: bool = False) -> Preset:
     if args.evaluate_every and not args.evaluate:
         raise InputError(f"--evaluate-every {args.evaluate_every} --evaluate {args.evaluate}: expected 0 or "
                          "more updates, and samples to evaluate")
-    if args.evaluate_metrics and not args.evaluate_every:
+    usual = ["shapes" if procedural else "clip"]
+    if args.evaluate_metrics not in (None, usual) and not args.evaluate_every:
         raise InputError(f"--evaluate-metrics {' '.join(args.evaluate_metrics)}: expected --evaluate-every N too, "
                          "which asks for their figures")
-    args.evaluate_metrics = args.evaluate_metrics or ["shapes" if procedural else "clip"]
+    args.evaluate_metrics = args.evaluate_metrics or usual
     if args.evaluate_every and "shapes" in args.evaluate_metrics and not exact(args, preset):
         raise InputError(f"--evaluate-metrics shapes: for the tiny models at their own size; {args.model} "
                          "takes clip, pickscore, hpsv2, mps")
