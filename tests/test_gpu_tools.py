@@ -26,12 +26,12 @@ for depth in (1, 2):
 """
 
 
-no_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++, which compiles guard.cpp")
-with_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="memory_model.py needs a torch without CUDA")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++, which compiles guard.cpp")
+needs_cpu_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="memory_model.py needs a torch without CUDA")
 
 
-@no_compiler
-@with_cuda
+@needs_compiler
+@needs_cpu_torch
 def test_adapters_of_a_unet_on_two_ranks_are_modelled():
     """FSDP gathers a unit in vain, which it waits for by another name of the stream."""
     flags = ["--model", "tiny-sdxl", "--lora-rank", "4", "--fake-lora", "4", "--batch-size", "2", "--micro-batch", "1"]
@@ -40,8 +40,8 @@ def test_adapters_of_a_unet_on_two_ranks_are_modelled():
     assert run.returncode == 0 and "generator      peak" in run.stdout, run.stderr[-2000:]
 
 
-@no_compiler
-@with_cuda
+@needs_compiler
+@needs_cpu_torch
 def test_a_deeper_network_needs_more_memory_in_each_phase():
     run = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT / "tests", text=True, stdout=subprocess.PIPE)
     one, two = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]

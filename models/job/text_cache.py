@@ -77,15 +77,15 @@ def open_text(args, preset: Preset, mesh: DeviceMesh, device: torch.device, prom
     manifest = same | dict(count=0, shards=[])
     if (folder / "manifest.json").exists():
         manifest = shards.read_manifest(folder, "text")
+    manifest = of_main(manifest)  # another run may add to it at this moment
     changed = [f"{key} {short(value, 60)} (was {short(manifest.get(key), 60)})" for key, value in same.items()
                if manifest.get(key) != value]
     if changed:
         raise InputError(f"{folder}: encoded with other settings: {', '.join(changed)}; expected another "
                          "--cache-text or the flags and files that it was made with")
     shards.check_shards(folder, manifest)
-    manifest = of_main(manifest)  # another run may add to it at this moment
     cached = CachedText(folder, manifest, device)
-    left = of_main([prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in cached.places])
+    left = [prompt for prompt in dict.fromkeys([None, *prompts]) if prompt not in cached.places]
     barrier()  # every rank has read the folder before rank 0 writes there
     if not left:
         return cached
