@@ -80,7 +80,7 @@ def main(args):
     D_tau = networks.new_discriminator(args, preset, F_phi, mesh, device)              # Alg. 1 l. 3
     psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)
     tau = networks.trainables(D_tau)
-    opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta))
+    opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta), ema=args.ema)
     opt_tau = adamw((tau, args.lr_tau))
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta), tau=(tau, opt_tau))
     job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta, D_tau=D_tau.F_phi)

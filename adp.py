@@ -86,7 +86,7 @@ def main(args):
     if lambda_2:
         D_tau2 = networks.new_pixel_discriminator(args, preset, mesh, device)
         tau |= {f"pixel.{name}": p for name, p in D_tau2.named_parameters()}
-    roles = dict(theta=(theta, adamw((theta, args.lr_theta))))
+    roles = dict(theta=(theta, adamw((theta, args.lr_theta), ema=args.ema)))
     if tau:
         roles |= dict(tau=(tau, adamw((tau, args.lr_tau))))
     job.start(**roles)

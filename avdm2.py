@@ -100,7 +100,7 @@ def main(args):
     theta, tau = networks.trainables(G_theta), networks.trainables(D_tau)
     motion = {name: p for name, p in theta.items() if "motion_modules." in name}
     unet = {name: p for name, p in theta.items() if name not in motion}
-    opt_theta = adamw((unet, args.lr_theta), (motion, args.lr_motion), **ADAMW)
+    opt_theta = adamw((unet, args.lr_theta), (motion, args.lr_motion), ema=args.ema, **ADAMW)
     opt_tau = adamw((tau, args.lr_tau), **ADAMW)
     roles = dict(theta=(theta, opt_theta), tau=(tau, opt_tau))
     watched = dict(F_phi=F_phi, G_theta=G_theta, D_tau=D_tau.F_phi)

@@ -64,7 +64,7 @@ def main(args):
     else:
         f_psi = replace(F_phi, net=load(trainable=True))                               # Alg. 1 l. 3
     psi, theta = networks.trainables(f_psi), networks.trainables(G_theta)
-    opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta))
+    opt_psi, opt_theta = adamw((psi, args.lr_psi)), adamw((theta, args.lr_theta), ema=args.ema)
     job.start(psi=(psi, opt_psi), theta=(theta, opt_theta))
     job.watch(F_phi=F_phi, f_psi=f_psi, G_theta=G_theta)
 

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from weakref import WeakSet
@@ -15,16 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from models.checkpoint import InputError, Tensors, check_names, check_values
@@ -272,17 +268,39 @@ def full_tensors(named: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 # ---- updates -----------------------------------------------------------------------------------------------
 
 def adamw(*groups: tuple[dict[str, nn.Parameter], float], betas: tuple[float, float] = (0.0, 0.99),
-          weight_decay: float = 0.0) -> torch.optim.AdamW:
+          weight_decay: float = 0.0, ema: float = 0.0) -> torch.optim.AdamW:
     """AdamW on groups of (parameters, learning rate), by default with the settings of App. B.5. Its state is
     made here and not at the first step: it can be saved and resumed at any time. Fused: one kernel, where a
     loop over sharded tensors takes as long as a tiny network, and over offloaded ones would use one core.
-    With beta_1 = 0 it keeps no exp_avg: `update` lends it the gradient, which exp_avg would equal."""
-    rates = [dict(params=params.values(), lr=lr, initial_lr=lr) for params, lr in groups]
+    With beta_1 = 0 it keeps no exp_avg: `update` lends it the gradient, which exp_avg would equal. ema: decay of
+    the weights' moving average, which `update` keeps in the state; 0: none."""
+    rates = [dict(params=params.values(), lr=lr, initial_lr=lr, ema=ema) for params, lr in groups]
     opt = torch.optim.AdamW(rates, betas=betas, weight_decay=weight_decay, fused=True)
     for p in (p for params, _ in groups for p in params.values()):
         opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg_sq": torch.zeros_like(p)}
         opt.state[p] |= {"exp_avg": torch.zeros_like(p)} if betas[0] else {}
+        opt.state[p] |= {"ema": p.detach().clone()} if ema else {}
     return opt
+
+
+def averages_and_weights(opt: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's rows of the moving averages that `adamw` keeps, and of their weights."""
+    kept = {p: state["ema"] for p, state in opt.state.items() if "ema" in state}
+    return [local_rows(average)[0] for average in kept.values()], [local_rows(p)[0] for p in kept]
+
+
+@contextmanager
+def averaged(opt: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the weights have the values of their moving averages, if `adamw` keeps these."""
+    @torch.no_grad()
+    def swap():
+        reshard()
+        for average, p in zip(*averages_and_weights(opt)):
+            p[...], average[...] = average.clone(), p.clone()
+
+    swap()
+    yield
+    swap()
 
 
 def set_trainable(params: dict[str, nn.Parameter], on: bool) -> None:
@@ -310,6 +328,8 @@ def update(opt: torch.optim.Optimizer, loss: Tensor, rate: float = 1.0) -> tuple
         opt.step()
         for p in lent:
             del opt.state[p]["exp_avg"]
+        if ema := opt.param_groups[0]["ema"]:
+            get_ema_multi_avg_fn(ema)(*averages_and_weights(opt), None)
     opt.zero_grad(set_to_none=True)
     return loss, norm
 

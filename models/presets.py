@@ -72,6 +72,7 @@ class Preset(NamedTuple):
     lambdas: tuple[float, float] = (1.0, 5e-3)  # [choice] weights of score matching and of the GAN, Eq. (9)
     warmup: int = 0                     # [choice] passes over which the learning rates rise from 0
     lr_decay: float = 0.0               # [choice] last share of the updates, over which all rates fall to 0
+    ema: float = 0.0                    # [choice] decay of the generator's moving average, which is exported; 0: none
 
 
 PROMPTS = (
@@ -215,7 +216,7 @@ PRESETS = {
         vae=dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, quant=False, shift=0.0, scale=1.0,
                  groups=8),
         clip_length=8, t5_length=8, size=(32, 32), lora_rank=0, steps=8, cfg=(1.5, 2.5), teacher_cfg=3.0,
-        lr_theta=5e-5, lr_psi=3e-4, lr_tau=5e-4, lr_decay=0.5, batch_size=64, micro_batch=32, no_checkpointing=True,
+        lr_theta=5e-5, lr_psi=3e-4, lr_tau=5e-4, ema=0.99, batch_size=64, micro_batch=32, no_checkpointing=True,
         max_iter=350, head_width=128, decode_batch=16,
         prompts=HERE / "tiny" / "prompts.txt", evaluate=512, data="shapes"),
 }

@@ -208,6 +208,8 @@ def load_state(path: Path, roles: Roles) -> dict[str, int]:
     try:
         for name, target in named_tensors(roles).items():
             target = target if target.ndim else target[None]
+            if name.endswith(".ema") and name not in plan:  # its run kept no average: it begins at the weights
+                name = name.removeprefix("opt.").removesuffix(".ema")
             if name not in plan:
                 raise ValueError(f"Missing key {name}")
             shape, pieces = plan[name]

@@ -69,10 +69,10 @@ def finish(script: str, out: Path, *flags, model: str = NAME) -> None:
 
 
 def rate_flags(script: str, theta: float, times: int) -> list:
-    """All rates of a run, which fall to 0."""
+    """All rates of a run, which fall to 0; its last weights count, not their average."""
     rates = dict(theta=theta, psi=times * theta, tau=2 * times * theta)
     trained = {"adm.py": ("theta", "psi", "tau"), "adp.py": ("theta", "tau"), "dmd.py": ("theta", "psi")}[script]
-    return ["--lr-decay", 1, *(flag for role in trained for flag in (f"--lr-{role}", f"{rates[role]:g}"))]
+    return ["--lr-decay", 1, "--ema", 0, *(flag for role in trained for flag in (f"--lr-{role}", f"{rates[role]:g}"))]
 
 
 def choose(label: str, trials: dict[tuple, Future]) -> tuple[float, int]:

@@ -16,6 +16,7 @@ import test_checkpoint as hub
 import torch
 from conftest import ROOT, golden, refusal_of, rows, run, says
 from PIL import Image
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from models.job.folder import run_folder
 from models.job.log import Log, health
 from models.job.networks import load_network, load_text, load_vae
 from models.job.sampling import deviations
-from models.parallel import init_distributed, shard
+from models.parallel import adamw, init_distributed, shard
 from models.presets import PRESETS
 
 ROW = PRESETS["tiny-sd3"]
@@ -556,24 +557,42 @@ def test_a_resumed_run_counts_on(tmp_path, monkeypatch):
 
 
 def test_a_guided_generator_is_guided_wherever_it_is_looked_at(tmp_path, monkeypatch):
-    """At the middle of --cfg less the offset; the teacher at its own scale. And as often as the flags say."""
-    asked = []
+    """At the middle of --cfg less the offset; the teacher at its own scale. And as often as the flags say, with the
+    moving average of its weights, here 0."""
+    asked, p = [], nn.Parameter(torch.ones(1))
 
     def sample(job, F, prompts, tn, cfg=None):
-        asked.append((job.gen_iter, F, cfg))
+        asked.append((job.gen_iter, F, cfg, p.item()))
         return torch.zeros(len(prompts), 3, *ROW.size, dtype=torch.uint8)
     monkeypatch.setattr(job_module.Job, "sample", sample)
     monkeypatch.setattr("models.eval.metrics.quick_scores", lambda *args, **named: {})
     job = idle_job(tmp_path / "run", "--cfg", 2, 4, "--generator-cfg-offset", 0.5, "--sample-every", 2, "--evaluate", 2,
                    "--evaluate-every", 3)
     job.text, tn = object(), torch.tensor([0.0, 1.0])
+    job.roles["theta"] = {}, adamw(({"p": p}, 0.1), ema=0.5)
+    job.roles["theta"][1].state[p]["ema"].zero_()
     for job.gen_iter in range(1, 5):
         job.look("G", tn)
     job.compare("F", "G", tn)
     w = ROW.teacher_cfg
-    assert asked == [(2, "G", 2.5), (3, "G", 2.5), (4, "G", 2.5), (4, "F", w), (4, "F", w), (4, "G", 2.5)]
+    looks = [(2, "G", 2.5, 0), (3, "G", 2.5, 0), (4, "G", 2.5, 0)]
+    assert asked == [*looks, (4, "F", w, 1), (4, "F", w, 1), (4, "G", 2.5, 1)]
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["00000002.png", "00000004.png"]
     assert [row["gen_iter"] for row in map(json.loads, (tmp_path / "run" / "evaluation.jsonl").open())] == [3]
+
+
+def test_what_is_evaluated_and_exported_is_the_moving_average(tmp_path):
+    """0.75 of the weights before the only update and 0.25 of those after it."""
+    for decay in ("0", "0.75"):
+        train("--batch-size", 2, "--max-iter", 1, "--lr-theta", 1e-2, "--evaluate", 8, "--evaluate-every", 1,
+              "--ema", decay, "--out", tmp_path / decay)
+    files = ROW.ckpt, tmp_path / "0" / "generator.safetensors", tmp_path / "0.75" / "generator.safetensors"
+    before, after, average = map(open_tensors, files)
+    for name in (name for name in before if name.startswith(DENOISER)):
+        torch.testing.assert_close(average[name], 0.75 * before[name].float() + 0.25 * after[name], rtol=0, atol=1e-6)
+    looked = json.loads((tmp_path / "0.75" / "evaluation.jsonl").read_text())
+    compared = json.loads((tmp_path / "0.75" / "comparison.json").read_text())[f"student, {ROW.steps} steps"]
+    assert {name: looked[name] for name in compared} == compared
 
 
 def test_a_signal_that_another_rank_got_ends_this_one_too(tmp_path, monkeypatch):

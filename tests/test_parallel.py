@@ -27,6 +27,7 @@ from models.job.flags import resolve
 from models.job.job import Job
 from models.parallel import (
     adamw,
+    averaged,
     count_stuck,
     init_distributed,
     materialise,
@@ -40,8 +41,8 @@ from models.parallel import (
 # Small rates: AdamW without momentum moves a weight by about the sign of its gradient, so that where that is
 # 0 but for rounding two runs end up to two rates apart, and their next figures with them.
 RATES = ["--lr-theta", 1e-5, "--lr-psi", 1e-5, "--lr-tau", 1e-6]
-TRAIN = ["--batch-size", 4, "--evaluate", 0, "--max-iter", 2, "--save-every", 1]
-MODES = {"full": ["--lora-rank", 0], "lora": ["--lora-rank", 4],
+TRAIN = ["--batch-size", 4, "--evaluate", 0, "--max-iter", 2, "--save-every", 1, "--ema", 0]
+MODES = {"full": ["--lora-rank", 0, "--ema", 0.5], "lora": ["--lora-rank", 4],
          "fake-lora": ["--lora-rank", 4, "--fake-lora", 4]}
 CUTS = {"two": [], "offload": ["--offload"], "accumulation": ["--micro-batch", 1],
         "replicated": ["--shard-ranks", 1], "sequence": ["--sequence-parallel", 2],
@@ -72,7 +73,7 @@ def flags_of(name, pairs) -> tuple[str, list]:
     if name == "avdm2":  # some of whose videos are bad
         clips = ["--videos", GOLDEN / "clips", "--prompts", pairs.parent / "clips.csv", "--frames", 3]
         return "avdm2", [*TRAIN, *RATES, *clips, "--lr-motion", 1e-5, "--frames-sdm", 2]
-    return "dmd", [*TRAIN, "--steps", 2, "--lr-theta", 1e-5, "--lr-psi", 1e-5, *LOOK]
+    return "dmd", [*TRAIN, "--steps", 2, "--lr-theta", 1e-5, "--lr-psi", 1e-5, "--ema", 0.5, *LOOK]
 
 
 def call(script, flags, states=()):
@@ -282,6 +283,20 @@ def test_the_rate_is_a_share_of_the_first_one():
     assert p.item() == pytest.approx(1 - 2 * 0.05)
 
 
+def test_the_moving_average_follows_the_weights_and_is_lent_to_them():
+    """By hand: 0.75 (0.75 * 1 + 0.25 * 0.9) + 0.25 * 0.8; what is skipped leaves it."""
+    init_distributed()
+    p = nn.Parameter(torch.ones(2))
+    opt = adamw(({"p": p}, 0.1), ema=0.75)
+    for loss in (0.0, math.nan, 0.0):
+        p.grad = torch.ones(2)
+        update(opt, torch.tensor(loss))
+    for _ in range(2):
+        with averaged(opt):
+            assert p.tolist() == pytest.approx([0.93125] * 2)
+        assert p.tolist() == pytest.approx([0.8] * 2)
+
+
 class Line(nn.Linear):
     def blocks(self):
         return []
@@ -294,7 +309,7 @@ def test_gathered_weights_follow_what_is_frozen_and_what_is_stepped():
     assert isinstance(net, FSDPModule)  # also of one process, where there is something to offload
     settle(net)
     params, x, found = dict(net.named_parameters()), torch.ones(1, 3), []
-    opt = adamw((params, 0.1))
+    opt = adamw((params, 0.1), ema=0.5)
     for step in range(2):
         with torch.no_grad():
             found.append(net(x).item())
@@ -306,7 +321,11 @@ def test_gathered_weights_follow_what_is_frozen_and_what_is_stepped():
         update(opt, torch.zeros(()))
     first, second = found
     assert first - second == pytest.approx(0.3)  # three weights, each by the rate
-    assert second - net(x).item() == pytest.approx(0.3)
+    third = net(x).item()
+    assert second - third == pytest.approx(0.3)
+    with averaged(opt), torch.no_grad():
+        assert net(x).item() == pytest.approx((first + second + 2 * third) / 4)
+    assert net(x).item() == pytest.approx(third)
 
 
 def test_what_is_frozen_at_the_first_forward_still_gets_its_gradient_in_float32():

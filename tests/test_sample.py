@@ -34,8 +34,8 @@ def difference(a, b) -> int:
 
 
 def train(out, *flags, states=()):
-    """One update at a large rate, so that the student is no longer the teacher."""
-    short = ["--max-iter", 1, "--batch-size", 2, "--evaluate", 0, "--sample-every", 1, "--steps", N, "--shift", SHIFT]
+    """One update at a large rate, so that the student, a moving average, is no longer the teacher."""
+    short = ["--max-iter", 1, "--ema", 0.5, "--batch-size", 2, "--evaluate", 0, "--sample-every", 1, "--steps", N, "--shift", SHIFT]
     with states_saved(*states):
         adm.main(adm.parse_args(list(map(str, [*short, "--lr-theta", 0.01, "--out", out, *flags]))))
     return out

@@ -25,11 +25,11 @@ from models.state import Named, complete_states, load_state, named_tensors, save
 PROGRESS = dict(gen_iter=3, global_iter=4, skipped=1)
 
 
-def roles(seed=0, betas=(0.0, 0.99)):
+def roles(seed=0, betas=(0.0, 0.99), ema=0.0):
     """A small layer and its optimizer, after one step."""
     torch.manual_seed(seed)
     params = dict(nn.Linear(3, 5).named_parameters())
-    opt = adamw((params, 0.1), betas=betas)
+    opt = adamw((params, 0.1), betas=betas, ema=ema)
     sum(p.square().sum() for p in params.values()).backward()
     update(opt, torch.zeros(()))
     return {"theta": (params, opt)}
@@ -80,6 +80,18 @@ def test_a_state_that_kept_the_first_moment_although_beta_1_is_0(tmp_path):
     expected = named_tensors(before)
     for name, found in named_tensors(after).items():
         assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.9])
+def test_a_moving_average_is_saved_and_begins_at_the_weights_where_a_state_has_none(tmp_path, kept):
+    init_distributed()
+    before, after = roles(ema=kept), roles(1, ema=0.9)
+    load_state(save_state(tmp_path / "state", 4, before, PROGRESS), after)
+    expected = named_tensors(before)
+    for name, found in named_tensors(after).items():
+        name = name.removeprefix("opt.").removesuffix(".ema") if name not in expected else name
+        assert torch.equal(found, expected[name]), name
+    assert kept == 0 or not torch.equal(expected["opt.theta.weight.ema"], expected["theta.weight"])
 
 
 class OtherPython(pickle.Pickler):

@@ -18,7 +18,7 @@ from models.checkpoint import InputError
 from models.job import text_cache
 from models.shards import read_manifest
 
-SMALL = ["--batch-size", 2, "--micro-batch", 1, "--max-iter", 2, "--evaluate", 0, "--lora-rank", 4, "--fake-lora", 4]
+SMALL = ["--batch-size", 2, "--micro-batch", 1, "--max-iter", 2, "--ema", 0, "--evaluate", 0, "--lora-rank", 4, "--fake-lora", 4]
 
 
 def train(*flags, script=adm):

@@ -32,8 +32,8 @@ COUNT, SHARE, RATE, RANK, SCALE = (1, 10 ** 8), (0, 1), (0, 10), (0, 1024), (-10
 # Flag -> the smallest and the largest value that anybody could mean.
 LIMITS = {
     "batch": COUNT, "batch_size": (1, 10 ** 6), "cfg": (0, 1000), "context_parallel": COUNT, "count": COUNT,
-    "dt": (0.001, 0.999), "evaluate": (0, 10 ** 6), "evaluate_every": (0, 10 ** 8), "fake_lora": RANK,
-    "frames": (0, 10 ** 4), "frames_sdm": COUNT,
+    "dt": (0.001, 0.999), "ema": (0, 0.99999), "evaluate": (0, 10 ** 6), "evaluate_every": (0, 10 ** 8),
+    "fake_lora": RANK, "frames": (0, 10 ** 4), "frames_sdm": COUNT,
     "generator_cfg_offset": SCALE, "lambdas": (-10 ** 6, 10 ** 6), "lora_rank": RANK, "lora_scale": SCALE,
     "lr_decay": SHARE, "lr_motion": RATE, "lr_psi": RATE, "lr_tau": RATE, "lr_theta": RATE, "max_iter": COUNT,
     "micro_batch": COUNT, "mps_threshold": SHARE, "profile": COUNT, "r1": (0, 10 ** 6), "sample_every": COUNT,

@@ -30,7 +30,7 @@ from models.job.log import Log, health
 from models.job.notes import check_teacher
 from models.job.sampling import NotFinite, deviations, generate
 from models.job.text_cache import open_text
-from models.parallel import any_rank, barrier, count_stuck, is_main, of_all, print0
+from models.parallel import any_rank, averaged, barrier, count_stuck, is_main, of_all, print0
 from models.pictures import film_strip, save_grid, save_rows
 from models.presets import Preset
 from models.progress import bar, drop_closed_streams, tell
@@ -63,8 +63,7 @@ class Job:
         # With --videos: what was wrong with this rank's first bad ones, and how many it met in this iteration.
         self.faults, self.bad_videos = None, 0
         if args.random_weights:
-            if args.script == "adp":  # the only one to decode while it trains
-                self.vae = load_vae(args, preset, device)
+            self.vae = load_vae(args, preset, device) if args.script == "adp" else None  # which decodes in training
             self.c_null = self.random_conditions([0])
         else:
             self.prompts = read_training_prompts(args, preset) if hasattr(args, "prompts") else []
@@ -261,14 +260,16 @@ class Job:
         in evaluation.jsonl every --evaluate-every: of the same prompts and noise each time."""
         args = self.args
         if self.text is not None and self.gen_iter % args.sample_every == 0:
-            images = self.sample(G_theta, list(self.preset.sample_prompts), tn, student_cfg(args))
+            with averaged(self.roles["theta"][1]):
+                images = self.sample(G_theta, list(self.preset.sample_prompts), tn, student_cfg(args))
             with noted(f"a sample of update {self.gen_iter}"):
                 if is_main():
                     save_grid(self.out / "samples" / f"{self.gen_iter:08d}.png", images, 4, fps=self.fps)
 
         if self.text is not None and args.evaluate_every and self.gen_iter % args.evaluate_every == 0:
             prompts = self.known_prompts()
-            images = self.sample(G_theta, prompts, tn, student_cfg(args))
+            with averaged(self.roles["theta"][1]):
+                images = self.sample(G_theta, prompts, tn, student_cfg(args))
             if is_main():
                 from models.eval.metrics import quick_scores
                 figures = quick_scores(images, prompts, args.evaluate_metrics, self.scorers, device=self.device)
@@ -294,16 +295,16 @@ class Job:
         if self.args.profile:
             return self.print_profile()
         if any_rank(self.stop) or self.gen_iter < self.args.max_iter:
-            return print0(f"stopped at generator update {self.gen_iter}; "
-                          f"continue with --resume --out {self.out}")
+            return print0(f"stopped at generator update {self.gen_iter}; continue with --resume --out {self.out}")
         if self.text is None:
             return
         print0(f"exporting the generator to {self.out}")
-        with writing(self.out):
-            export(self.args, self.preset, G_theta, self.out)
-        if self.args.evaluate:
-            print0(f"comparing {self.args.evaluate} samples of the student with as many of the teacher")
-            self.compare(F_phi, G_theta, tn)
+        with averaged(self.roles["theta"][1]):
+            with writing(self.out):
+                export(self.args, self.preset, G_theta, self.out)
+            if self.args.evaluate:
+                print0(f"comparing {self.args.evaluate} samples of the student with as many of the teacher")
+                self.compare(F_phi, G_theta, tn)
 
     def compare(self, F_phi: Denoiser, G_theta: Denoiser, tn: Tensor) -> None:
         """Teacher at full steps, teacher and student at N steps, from the same noise: compare.png, of videos
@@ -340,11 +341,10 @@ class Job:
         iterations = max(1, self.args.profile - 1)
         samples = self.gen_iter * sum(map(len, self.micro_batches))  # an iteration: all up to a generator update
         lines = [(name, seconds / iterations, self.gib.get(name)) for name, seconds in self.seconds.items()]
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
         total, peak = sum(self.seconds.values()), max(self.gib.values(), default=None)
         lines.append(("iteration", total / iterations, peak))
         for name, seconds, gib in lines:
             print0(f"{name:14} {seconds:8.3f} s/it" + (f"  peak {gib:6.2f} GiB" if gib else ""))
-        print0(f"peak host memory of rank 0: {host:.2f} GiB")
+        print0(f"peak host memory of rank 0: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
         print0("network evaluations per sample and iteration: "
                + ", ".join(f"{name} {count / samples:.2f}" for name, count in self.evaluations.items()))

@@ -99,6 +99,8 @@ def training_parser(script: str, doc: str) -> tuple[argparse.ArgumentParser, Cal
     algorithm("--shift", type=float, help="of the generator's times, and of a flow teacher's")
     algorithm("--lr-decay", type=float, metavar="SHARE",
         help="last share of the updates, over which all rates fall to 0")
+    algorithm("--ema", type=float, metavar="DECAY",
+        help="of the generator's moving average, which is sampled and exported; 0: none")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder; default runs/SCRIPT-MODEL-NNN")
     add("--resume", nargs="?", const="newest", metavar="STATE",
