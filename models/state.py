@@ -34,9 +34,6 @@ from models.parallel import barrier, is_main, local_rows
 from models.parse import check_nesting, parse_json
 from models.saving import WriteError
 
-# Of `no_dist` in dcp.save, which is wanted where there is one process.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
 COUNTERS = ("gen_iter", "global_iter", "skipped")  # of progress.json
 KEPT = 2  # states of a run: where the newest is damaged, the one before it is taken
 SUMMED = (".metadata", "progress.json")  # the files of a state without a checksum of their own
@@ -85,7 +82,9 @@ def save_state(folder: Path, iteration: int, roles: Roles, progress: dict[str, i
         barrier()
         # A single process needs no collectives. Their large tensors would have OpenMP see more threads than cores,
         # and wait slowly from then on: iterations of a small network on a CPU take 2.5 times as long.
-        dcp.save(tensors, checkpoint_id=temporary, no_dist=dist.get_world_size() == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # says dcp of `no_dist`
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=dist.get_world_size() == 1)
         if is_main():
             (temporary / "progress.json").write_text(json.dumps(progress))
             sums = {name: sha256((temporary / name).read_bytes()).hexdigest() for name in SUMMED}
