@@ -59,9 +59,9 @@ def generate(F: Denoiser, text, vae: nn.Module, prompts: list[str], tn: Tensor, 
     if not finite:
         raise NotFinite("samples with values that are not finite; expected undamaged weights, weaker --cfg or "
                         "--lora-scale, or --precision fp32")
+    if dist.get_world_size() == 1:
+        return images  # without a collective, for the reason that `save_state` gives
     gathered = [torch.empty_like(images) for _ in range(dist.get_world_size())]
-    if len(gathered) == 1:
-        return images  # without a collective, as in `save_state`
     dist.all_gather(gathered, images)
     return torch.cat(gathered[::sequence])[:len(prompts)]
 
